@@ -1,0 +1,8 @@
+"""What everything agrees on: the spec, the status, artifacts, faults and planning arithmetic.
+
+No torch, no kopf, no boto3: the command line, the operator and the trainer all parse the same classes.
+"""
+
+GROUP = "headrace.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"

@@ -1,0 +1,89 @@
+"""What the control plane and the pods say to each other.
+
+In: ``stage.json`` is a ``ResolvedStage``. Out: ``Progress`` by HTTP while it runs, ``faults.Outcome`` at the end.
+"""
+
+from datetime import datetime
+from pathlib import PurePosixPath
+
+from pydantic import Field
+
+from headrace_api.artifact import ArtifactRef
+from headrace_api.base import Spec, Uri
+from headrace_api.run import Stage, Storage
+
+STAGE_FILE = "stage.json"
+TOKEN_AUDIENCE = "headrace-progress"
+PROGRESS_PATH = "/v1/progress"
+
+
+class ResolvedStage(Spec):
+    """Everything that an attempt needs to know, but for secrets."""
+
+    run: str
+    """run is the name of the TrainingRun."""
+    namespace: str = "default"
+    """namespace is where the run lives."""
+    stage: Stage
+    """stage is the stage as written, with every default filled in."""
+    attempt: int = Field(ge=1)
+    """attempt counts from 1."""
+    seed: int
+    """seed is the run's seed."""
+    hash: str
+    """hash is the stage_hash: an artifact with the same hash is this stage's result."""
+    inputs: dict[str, ArtifactRef] = Field(default_factory=dict)
+    """inputs maps slots to artifacts."""
+    storage: Storage
+    """storage is where artifacts are, without credentials."""
+    output_uri: Uri
+    """outputUri is the stage's folder in storage."""
+    progress_url: str | None = None
+    """progressUrl is where Progress is reported: http(s), or a file."""
+
+
+class SavedCheckpoint(Spec):
+    """A committed checkpoint."""
+
+    step: int = Field(ge=0)
+    """step is the number of optimizer steps that it holds."""
+    uri: Uri
+    """uri is its folder."""
+    time: datetime
+    """time is when it was committed."""
+
+
+class Progress(Spec):
+    """How far an attempt is; the newest report replaces the one before."""
+
+    stage: str
+    """stage is the name of the stage."""
+    attempt: int
+    """attempt counts from 1."""
+    phase: str = Field("Starting", max_length=32)
+    """phase is what the ranks do now: Starting, Running, Saving, Evaluating, Serving or Stopping."""
+    done: int = 0
+    """done counts finished units."""
+    total: int | None = None
+    """total is the number of units, where it is known."""
+    unit: str = Field("steps", max_length=16)
+    """unit is what is counted: steps, documents, tokens."""
+    loss: float | None = None
+    """loss is the newest training loss, in nats a token."""
+    tokens_per_second: float | None = None
+    """tokensPerSecond is over the last few steps, all ranks together."""
+    eta_seconds: float | None = None
+    """etaSeconds is the time left at the present speed."""
+    checkpoint: SavedCheckpoint | None = None
+    """checkpoint is the newest committed one."""
+    endpoint: str | None = None
+    """endpoint is the address of a server that has answered."""
+    message: str = Field("", max_length=1024)
+    """message is one line for people."""
+    time: datetime
+    """time is when the report was made."""
+
+
+def join_uri(base: str, *parts: str) -> str:
+    """``base`` and ``parts`` with single slashes between them; works for s3://, file:// and paths."""
+    return "/".join([base.rstrip("/"), *(str(PurePosixPath(p)) for p in parts)])

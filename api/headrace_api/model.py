@@ -1,0 +1,123 @@
+"""Architectures: the Llama family's shape, presets, and how many parameters they have.
+
+In: the ``model`` block of a stage. Out: an ``Architecture`` with every dimension filled in; ``planning`` and the
+trainer's ``model`` read it.
+"""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from headrace_api.base import FieldError, Spec
+
+VOCAB_MULTIPLE = 1024
+"""Every layout pads the vocabulary to a multiple of this: 128 for each of up to 8 tensor ranks. One width for all
+layouts, because padded columns would otherwise change the softmax, and checkpoints could not move."""
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """The width of the embedding and output matrices for a vocabulary of ``vocab_size`` tokens."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class Architecture(Spec):
+    """A decoder of the Llama family: RMSNorm before each block, SwiGLU, rotary positions, grouped-query attention."""
+
+    layers: int = Field(ge=1)
+    """layers is the number of transformer blocks."""
+    hidden_size: int = Field(ge=8)
+    """hiddenSize is the width of the residual stream."""
+    heads: int = Field(ge=1)
+    """heads is the number of query heads; it divides hiddenSize."""
+    kv_heads: int = Field(ge=1)
+    """kvHeads is the number of key and value heads; it divides heads."""
+    ffn_hidden_size: int = Field(ge=8)
+    """ffnHiddenSize is the inner width of the SwiGLU feed-forward block."""
+    rope_base: float = Field(10_000.0, gt=0)
+    """ropeBase is the base of the rotary frequencies."""
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """normEpsilon is added to the variance in RMSNorm."""
+    init_std: float = Field(0.02, gt=0)
+    """initStd is the standard deviation of the start weights."""
+    tie_embeddings: bool = False
+    """tieEmbeddings makes the output matrix the embedding matrix."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.heads
+
+    def num_parameters(self, vocab_size: int) -> int:
+        """Parameters with an unpadded vocabulary, embeddings included."""
+        attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
+        per_layer = attention + feed_forward + 2 * self.hidden_size
+        embeddings = vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.layers * per_layer + self.hidden_size + embeddings
+
+
+PRESETS: dict[str, Architecture] = {
+    "llama-nano": Architecture(layers=4, hidden_size=128, heads=4, kv_heads=2, ffn_hidden_size=384),
+    "llama-micro": Architecture(layers=6, hidden_size=256, heads=8, kv_heads=4, ffn_hidden_size=704),
+    "llama-125m": Architecture(layers=12, hidden_size=768, heads=12, kv_heads=12, ffn_hidden_size=2048),
+    "llama-1b": Architecture(
+        layers=16, hidden_size=2048, heads=32, kv_heads=8, ffn_hidden_size=8192, rope_base=500_000.0
+    ),
+    "llama-7b": Architecture(layers=32, hidden_size=4096, heads=32, kv_heads=32, ffn_hidden_size=11008),
+    "llama-8b": Architecture(
+        layers=32, hidden_size=4096, heads=32, kv_heads=8, ffn_hidden_size=14336, rope_base=500_000.0
+    ),
+    "llama-70b": Architecture(
+        layers=80, hidden_size=8192, heads=64, kv_heads=8, ffn_hidden_size=28672, rope_base=500_000.0
+    ),
+}
+"""Published shapes of the Llama family (arXiv 2307.09288, 2407.21783) and two that train on a laptop."""
+
+
+class ModelSpec(Spec):
+    """A preset, a preset with some dimensions changed, or every dimension spelled out."""
+
+    preset: str | None = Field(None, max_length=40, json_schema_extra={"enum": [*sorted(PRESETS)]})
+    """preset names a published shape; the other fields override its dimensions."""
+    layers: int | None = Field(None, ge=1)
+    """layers is the number of transformer blocks."""
+    hidden_size: int | None = Field(None, ge=8)
+    """hiddenSize is the width of the residual stream."""
+    heads: int | None = Field(None, ge=1)
+    """heads is the number of query heads; it divides hiddenSize."""
+    kv_heads: int | None = Field(None, ge=1)
+    """kvHeads is the number of key and value heads; it divides heads."""
+    ffn_hidden_size: int | None = Field(None, ge=8)
+    """ffnHiddenSize is the inner width of the SwiGLU feed-forward block."""
+    rope_base: float | None = Field(None, gt=0)
+    """ropeBase is the base of the rotary frequencies."""
+    norm_epsilon: float | None = Field(None, gt=0)
+    """normEpsilon is added to the variance in RMSNorm."""
+    init_std: float | None = Field(None, gt=0)
+    """initStd is the standard deviation of the start weights."""
+    tie_embeddings: bool | None = None
+    """tieEmbeddings makes the output matrix the embedding matrix."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Every dimension: the preset's, with the fields that are set put over them."""
+        base = PRESETS[self.preset].dump() if self.preset else {}
+        over = {k: v for k, v in self.dump().items() if k != "preset"}
+        return Architecture.model_validate({**base, **over})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise FieldError("preset", self.preset, f"choose one of {', '.join(sorted(PRESETS))}")
+        needed = ("layers", "hidden_size", "heads", "kv_heads", "ffn_hidden_size")
+        missing = [name for name in needed if getattr(self, name) is None]
+        if self.preset is None and missing:
+            raise FieldError("preset", None, f"set a preset, or set {', '.join(missing)} too")
+        arch = self.architecture
+        if arch.hidden_size % arch.heads or arch.head_dim % 2:
+            raise FieldError(
+                "heads", arch.heads, f"hiddenSize {arch.hidden_size} must be an even multiple of the number of heads"
+            )
+        if arch.heads % arch.kv_heads:
+            raise FieldError("kvHeads", arch.kv_heads, f"must divide heads, {arch.heads}")
+        return self

@@ -1,0 +1,84 @@
+"""How ranks are laid out: tensor x pipeline x data, and what each must divide.
+
+In: a ``parallelism`` block, an architecture, a number of ranks. Out: a checked ``Layout``.
+"""
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from headrace_api.base import FieldError, Spec
+from headrace_api.model import VOCAB_MULTIPLE, Architecture
+
+MAX_TENSOR = VOCAB_MULTIPLE // 128
+
+
+class Parallelism(Spec):
+    """The axes that split one replica of the model; the data axis takes the ranks that are left."""
+
+    tensor: int = Field(1, ge=1, le=MAX_TENSOR)
+    """tensor is the number of ranks that share each matrix; keep it within one node."""
+    pipeline: int = Field(1, ge=1)
+    """pipeline is the number of stages that the layers are cut into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Ranks on each axis; their product is the world size."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+
+def divisors(number: int, *, at_most: int | None = None) -> str:
+    """The divisors of ``number`` as people read them: ``1, 2 or 4``."""
+    found = [str(d) for d in range(1, min(number, at_most or number) + 1) if number % d == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+
+
+def layout(parallelism: Parallelism, arch: Architecture, *, num_ranks: int) -> Layout:
+    """Check the axes against the model and the gang.
+
+    Args:
+        parallelism: the axes asked for.
+        arch: the model that is split.
+        num_ranks: ranks in the gang, nodes x ranks a node.
+
+    Raises:
+        FieldError: an axis does not divide what it splits; the field is relative to the stage's typed block.
+    """
+    tensor, pipeline = parallelism.tensor, parallelism.pipeline
+    if arch.heads % tensor:
+        raise FieldError(
+            "parallelism.tensor",
+            tensor,
+            f"must divide the model's {arch.heads} heads; use {divisors(arch.heads, at_most=MAX_TENSOR)}",
+        )
+    if arch.kv_heads % tensor:
+        raise FieldError(
+            "parallelism.tensor",
+            tensor,
+            f"must divide the model's {arch.kv_heads} kvHeads; use {divisors(arch.kv_heads, at_most=MAX_TENSOR)}",
+        )
+    if arch.ffn_hidden_size % tensor:
+        raise FieldError("parallelism.tensor", tensor, f"must divide ffnHiddenSize, {arch.ffn_hidden_size}")
+    if arch.layers % pipeline:
+        raise FieldError(
+            "parallelism.pipeline",
+            pipeline,
+            f"must divide the model's {arch.layers} layers; use {divisors(arch.layers)}",
+        )
+    replica = tensor * pipeline
+    if num_ranks % replica:
+        raise FieldError(
+            "parallelism",
+            f"tensor {tensor} x pipeline {pipeline}",
+            f"{replica} ranks a replica must divide the gang's {num_ranks} (compute.nodes x compute.ranksPerNode)",
+        )
+    return Layout(tensor=tensor, pipeline=pipeline, data=num_ranks // replica)

@@ -1,0 +1,356 @@
+"""TrainingRun: what users write and what they read back.
+
+``spec`` is the manifest; ``status`` is the object that ``.status`` of the custom resource holds, and that a local run
+keeps in ``status.json``.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from headrace_api.artifact import ArtifactRef
+from headrace_api.base import FieldError, Name, Quantity, Spec, Uri
+from headrace_api.parallelism import layout
+from headrace_api.stages import (
+    KINDS,
+    Corpus,
+    Deploy,
+    Evaluate,
+    Export,
+    Pretrain,
+    RunsAs,
+    Shards,
+    StageConfig,
+    Tokenizer,
+)
+
+MAX_NAMES = 48
+"""Run and stage name together: an attempt adds two numbers, and a pod's host name has 63 characters."""
+
+
+class SecretRef(Spec):
+    """A Secret in the run's namespace."""
+
+    name: Name
+    """name is the Secret's name; its keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY become environment variables."""
+
+
+class Storage(Spec):
+    """Where artifacts and checkpoints are: a directory or an S3 bucket."""
+
+    uri: Uri | None = None
+    """uri is s3://bucket/prefix or a directory that every pod mounts; a local run defaults to its own folder."""
+    endpoint: str | None = Field(None, max_length=256, pattern=r"^https?://")
+    """endpoint is the address of an S3 server that is not Amazon's."""
+    region: str | None = Field(None, max_length=64)
+    """region is the bucket's region."""
+    secret_ref: SecretRef | None = None
+    """secretRef names the Secret with the credentials; a local run takes the usual AWS environment."""
+
+
+class Compute(Spec):
+    """The machines of a stage."""
+
+    nodes: int = Field(1, ge=1, le=20_000)
+    """nodes is the number of pods, one a node."""
+    gpus_per_node: int = Field(0, ge=0, le=16)
+    """gpusPerNode is the number of GPUs of a pod; 0 trains on CPUs."""
+    ranks_per_node: int | None = Field(None, ge=1, le=256)
+    """ranksPerNode is the number of processes of a pod: gpusPerNode, or 1 on CPUs, if unset."""
+    cpu: str | None = Field(None, max_length=16, pattern=r"^[0-9]+(\.[0-9]+)?m?$")
+    """cpu is the processor request of a pod, as 4 or 500m."""
+    memory: Quantity | None = Field(None, ge=1)
+    """memory is the memory request and limit of a pod, as 16Gi."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one pod."""
+        return self.ranks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def world(self) -> int:
+        """Processes of the gang."""
+        return self.nodes * self.ranks
+
+
+class RestartPolicy(Spec):
+    """How many failures a stage may have before the run fails."""
+
+    max_infra_restarts: int = Field(10, ge=0, le=10_000)
+    """maxInfraRestarts bounds the restarts after faults of processes, pods, nodes and storage, for each stage."""
+    max_user_restarts: int = Field(0, ge=0, le=100)
+    """maxUserRestarts bounds the restarts after bad configuration or data, for each stage; 0 fails at once."""
+
+
+class Stage(Spec):
+    """A name, the machines, and exactly one typed block."""
+
+    name: Name
+    """name is unique in the run; later stages refer to it, and it names the folder in storage."""
+    compute: Compute = Field(default_factory=Compute)
+    """compute is the machines of this stage."""
+    corpus: Corpus | None = None
+    """corpus reads raw text and cleans it."""
+    tokenizer: Tokenizer | None = None
+    """tokenizer learns or imports a tokenizer."""
+    shards: Shards | None = None
+    """shards turns documents into token ids."""
+    pretrain: Pretrain | None = None
+    """pretrain trains a model from random weights."""
+    evaluate: Evaluate | None = None
+    """evaluate measures a model."""
+    export: Export | None = None
+    """export writes a Hugging Face folder."""
+    deploy: Deploy | None = None
+    """deploy serves an exported model."""
+
+    @property
+    def kind(self) -> str:
+        """The name of the typed block that is set."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def config(self) -> StageConfig:
+        """The typed block that is set."""
+        block = getattr(self, self.kind)
+        assert isinstance(block, StageConfig)
+        return block
+
+    @model_validator(mode="after")
+    def _one_block(self) -> Self:
+        blocks = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(blocks) != 1:
+            said = " and ".join(blocks) if blocks else "none"
+            raise FieldError("", said, f"a stage has exactly one typed block of {', '.join(KINDS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _gang_fits(self) -> Self:
+        if self.pretrain is not None:
+            try:
+                self._check_pretrain(self.pretrain)
+            except FieldError as error:
+                raise FieldError(f"pretrain.{error.field}", error.value, error.remedy) from error
+        elif self.kind != "corpus" and self.compute.nodes > 1:
+            raise FieldError("compute.nodes", self.compute.nodes, f"a {self.kind} stage runs on 1 node")
+        if self.config.RUNS_AS is not RunsAs.GANG and self.compute.ranks > 1 and self.kind != "deploy":
+            raise FieldError(
+                "compute.ranksPerNode", self.compute.ranks, f"a {self.kind} stage has 1 process a node; leave it out"
+            )
+        return self
+
+    def _check_pretrain(self, pretrain: Pretrain) -> None:
+        ranks = layout(pretrain.parallelism, pretrain.model.architecture, num_ranks=self.compute.world)
+        per_pass = pretrain.micro_batch_size * ranks.data
+        if pretrain.global_batch_size % per_pass:
+            raise FieldError(
+                "globalBatchSize",
+                pretrain.global_batch_size,
+                f"must be a multiple of microBatchSize x data ranks, {pretrain.micro_batch_size} x {ranks.data} = {per_pass}",
+            )
+        if pretrain.precision == "fp8" and self.compute.gpus_per_node == 0:
+            raise FieldError(
+                "precision", "fp8", "needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16"
+            )
+
+
+class RunSpec(Spec):
+    """What is to be done."""
+
+    runtime: Name = "default"
+    """runtime names the TrainingRuntime: images, node pools, environment. A local run needs none."""
+    storage: Storage = Field(default_factory=Storage)
+    """storage is where artifacts and checkpoints are."""
+    seed: int = Field(1234, ge=0, le=2**31 - 1)
+    """seed decides every random choice of the run."""
+    suspend: bool = False
+    """suspend stops the run after a checkpoint, and keeps it stopped."""
+    restart_policy: RestartPolicy = Field(default_factory=RestartPolicy)
+    """restartPolicy is how many failures a stage may have."""
+    stages: list[Stage] = Field(min_length=1, max_length=32)
+    """stages run in order; each reads what earlier ones left."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        seen: dict[str, Stage] = {}
+        for i, stage in enumerate(self.stages):
+            if stage.name in seen:
+                raise FieldError(f"stages[{i}].name", stage.name, "is used twice; names are unique in a run")
+            for slot, source in stage.config.inputs().items():
+                _check_input(i, stage, slot=slot, source=source, seen=seen)
+            seen[stage.name] = stage
+        return self
+
+
+def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str, Stage]) -> None:
+    field, wanted = f"stages[{i}].{stage.kind}.from.{slot}", stage.config.accepts()[slot]
+    fitting = [name for name, other in seen.items() if wanted == other.config.GIVES]
+    remedy = f"use {' or '.join(fitting)}" if fitting else f"add a stage before it that gives a {wanted}"
+    if source not in seen:
+        raise FieldError(field, source, f"no earlier stage has this name; {remedy}")
+    if wanted != seen[source].config.GIVES:
+        gives = seen[source].config.GIVES
+        raise FieldError(
+            field, source, f"is a {seen[source].kind} stage, which gives a {gives}, not a {wanted}; {remedy}"
+        )
+
+
+class StageState(StrEnum):
+    """Where a stage is."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    STOPPING = "Stopping"
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class StageStatus(Spec):
+    """One stage, as it is now."""
+
+    name: str
+    """name is the stage's name."""
+    state: StageState = StageState.PENDING
+    """state is where the stage is."""
+    hash: str | None = None
+    """hash is what the state is about: another spec or other inputs have another hash, and begin again."""
+    attempt: int = 0
+    """attempt is the number of the newest attempt."""
+    infra_restarts: int = 0
+    """infraRestarts counts restarts after infrastructure faults."""
+    user_restarts: int = 0
+    """userRestarts counts restarts after bad configuration or data."""
+    started_at: datetime | None = None
+    """startedAt is when the first attempt began."""
+    finished_at: datetime | None = None
+    """finishedAt is when the stage succeeded or failed."""
+    artifact: ArtifactRef | None = None
+    """artifact is what the stage left."""
+    endpoint: str | None = None
+    """endpoint is where a deployed model answers."""
+    metrics: dict[str, float] = {}
+    """metrics are the figures that the stage ended with."""
+    reason: str | None = None
+    """reason is one word for the newest failure."""
+    message: str | None = None
+    """message says the newest failure in full."""
+
+
+class ConditionType(StrEnum):
+    """Conditions of a run; ``kubectl wait --for=condition=Complete`` reads them."""
+
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+    SUSPENDED = "Suspended"
+
+
+class Condition(Spec):
+    """A Kubernetes condition."""
+
+    type: ConditionType
+    """type names the condition."""
+    status: Literal["True", "False"]
+    """status says whether it holds."""
+    reason: str
+    """reason is one CamelCase word."""
+    message: str = ""
+    """message is for people."""
+    last_transition_time: datetime
+    """lastTransitionTime is when status last changed."""
+
+
+class CheckpointStatus(Spec):
+    """The newest committed checkpoint of the running stage."""
+
+    step: int
+    """step is the number of optimizer steps that it holds."""
+    uri: Uri
+    """uri is its folder in storage."""
+    time: datetime
+    """time is when it was committed."""
+
+
+class RunStatus(Spec):
+    """What is known of a run. The columns of ``kubectl get`` are fields of their own."""
+
+    conditions: list[Condition] = []
+    """conditions are Complete, Failed and Suspended."""
+    observed_generation: int | None = None
+    """observedGeneration is the generation of the spec that this status is about."""
+    summary: str | None = None
+    """summary is the STATUS column: Pending, Running, Stopping, Suspended, Complete or Failed."""
+    stage: str | None = None
+    """stage is the name of the stage that is under way."""
+    step: str | None = None
+    """step is done and total of the running stage."""
+    progress: str | None = None
+    """progress is the running stage's part that is done, as 41%."""
+    loss: str | None = None
+    """loss is the newest training loss."""
+    tokens_per_second: str | None = None
+    """tokensPerSecond is the newest throughput."""
+    restarts: int = 0
+    """restarts counts the restarts of all stages."""
+    eta: str | None = None
+    """eta is the time that the running stage still needs."""
+    phase_message: str | None = None
+    """phaseMessage is one line about what the ranks do now."""
+    checkpoint: CheckpointStatus | None = None
+    """checkpoint is the newest committed checkpoint of the running stage."""
+    endpoint: str | None = None
+    """endpoint is where the deployed model answers."""
+    stages: list[StageStatus] = []
+    """stages has one entry a stage, in order."""
+
+    def condition(self, kind: ConditionType) -> bool:
+        """Whether a condition holds."""
+        return any(c.type == kind and c.status == "True" for c in self.conditions)
+
+
+class ObjectMeta(Spec):
+    """The part of a Kubernetes object's metadata that Headrace reads; the rest is kept by the API server."""
+
+    model_config = Spec.model_config | {"extra": "ignore"}
+
+    name: Name
+    """name is unique in the namespace."""
+    namespace: str = "default"
+    """namespace is where the run lives."""
+    uid: str = ""
+    """uid is given by the API server."""
+    generation: int | None = None
+    """generation is counted up by the API server when the spec changes."""
+
+
+class TrainingRun(Spec):
+    """Raw text in, served model out."""
+
+    api_version: Literal["headrace.dev/v1alpha1"] = "headrace.dev/v1alpha1"
+    """apiVersion is headrace.dev/v1alpha1."""
+    kind: Literal["TrainingRun"] = "TrainingRun"
+    """kind is TrainingRun."""
+    metadata: ObjectMeta
+    """metadata is a Kubernetes object's."""
+    spec: RunSpec
+    """spec is what is to be done."""
+    status: RunStatus = Field(default_factory=RunStatus)
+    """status is what is known; only the operator writes it."""
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        for i, stage in enumerate(self.spec.stages):
+            if len(self.metadata.name) + len(stage.name) > MAX_NAMES:
+                raise FieldError(
+                    f"spec.stages[{i}].name",
+                    stage.name,
+                    f"with the run's name it has more than {MAX_NAMES} characters, too many for a pod's host name",
+                )
+        return self
+
+
+def as_object(run: TrainingRun) -> dict[str, Any]:
+    """The run as a Kubernetes object without its status."""
+    return {k: v for k, v in run.dump().items() if k != "status"}

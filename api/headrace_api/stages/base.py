@@ -1,0 +1,70 @@
+"""What every stage kind says of itself: its name, what it takes and gives, and how it is run.
+
+Each neighbour file ``<kind>.py`` holds one kind's fields, defaults and checks; ``__init__`` lists them.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from headrace_api.base import Name, Spec
+
+
+class ArtifactKind(StrEnum):
+    """What a finished stage leaves in storage."""
+
+    CORPUS = "corpus"
+    """Cleaned documents: JSONL, gzip."""
+    TOKENIZER = "tokenizer"
+    """A tokenizer.json and its Hugging Face configuration."""
+    SHARDS = "shards"
+    """Token ids: Megatron .bin/.idx pairs, a manifest and the tokenizer."""
+    CHECKPOINT = "checkpoint"
+    """A Megatron torch_dist checkpoint of a model, with its architecture and tokenizer."""
+    EVALUATION = "evaluation"
+    """Scores and the report that explains them."""
+    HUGGINGFACE = "huggingface"
+    """A folder that transformers and vLLM load."""
+    ENDPOINT = "endpoint"
+    """A server that answers."""
+
+
+class RunsAs(StrEnum):
+    """How the pods of a stage belong together."""
+
+    TASKS = "tasks"
+    """Independent ranks: each reads its part of the input and nobody waits for anybody."""
+    GANG = "gang"
+    """One torchrun job: all ranks live, or none."""
+    SERVICE = "service"
+    """Replicas that go on until the run is deleted."""
+
+
+class Inputs(Spec):
+    """Names of earlier stages, by what they are used for."""
+
+    ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {}
+
+    def by_slot(self) -> dict[str, str]:
+        """Slot -> name of the stage whose artifact fills it."""
+        return {slot: name for slot in self.ACCEPTS if (name := getattr(self, slot)) is not None}
+
+
+class StageConfig(Spec):
+    """The typed block of a stage."""
+
+    KIND: ClassVar[str]
+    GIVES: ClassVar[ArtifactKind]
+    RUNS_AS: ClassVar[RunsAs]
+
+    def inputs(self) -> dict[str, str]:
+        """Slot -> name of the stage whose artifact fills it; empty where the stage reads none."""
+        block = getattr(self, "from_", None)
+        return block.by_slot() if isinstance(block, Inputs) else {}
+
+    def accepts(self) -> dict[str, ArtifactKind]:
+        """Slot -> the kind of artifact that it takes."""
+        block = getattr(self, "from_", None)
+        return dict(block.ACCEPTS) if isinstance(block, Inputs) else {}
+
+
+StageName = Name

@@ -1,0 +1,95 @@
+"""The corpus stage: raw text in WARC, WET, JSONL, Parquet, HTML or plain files -> cleaned documents.
+
+Read: language identification, the quality rules of Gopher (arXiv 2112.11446, table A1) and exact deduplication.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from headrace_api.base import Spec, Uri
+from headrace_api.stages.base import ArtifactKind, RunsAs, StageConfig
+
+
+class Format(StrEnum):
+    """How a source's files are read."""
+
+    AUTO = "auto"
+    WARC = "warc"
+    WET = "wet"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    TEXT = "text"
+    HTML = "html"
+
+
+class Dedup(StrEnum):
+    """Which repeated documents are dropped."""
+
+    EXACT = "exact"
+    NONE = "none"
+
+
+class Source(Spec):
+    """One place where raw text is."""
+
+    uri: Uri
+    """uri is a file, a folder or an s3:// prefix; a relative path is relative to the manifest."""
+    format: Format = Format.AUTO
+    """format is how the files are read; auto goes by their names (.warc.gz, .wet.gz, .jsonl.gz, .parquet, .html, others as text)."""
+    text_field: str = Field("text", max_length=100)
+    """textField is the column or key that holds the text of JSONL and Parquet records."""
+
+
+class QualityRules(StrEnum):
+    """Which family of rules decides whether text reads like prose."""
+
+    GOPHER = "gopher"
+    NONE = "none"
+
+
+class Quality(Spec):
+    """Rules for prose; a document that breaks one is dropped and counted under that rule's name."""
+
+    rules: QualityRules = QualityRules.GOPHER
+    """rules is the family: gopher, with the bounds below, or none to keep every document."""
+    min_words: int = Field(50, ge=0)
+    """minWords is the fewest words of a document that is kept."""
+    max_words: int = Field(100_000, ge=1)
+    """maxWords is the most words of a document that is kept."""
+    min_mean_word_length: float = Field(3.0, ge=0)
+    """minMeanWordLength is the shortest mean length of a word, in characters."""
+    max_mean_word_length: float = Field(10.0, ge=0)
+    """maxMeanWordLength is the longest mean length of a word, in characters."""
+    max_symbol_to_word_ratio: float = Field(0.1, ge=0)
+    """maxSymbolToWordRatio bounds the hash signs, and the ellipses, for each word."""
+    max_bullet_line_ratio: float = Field(0.9, ge=0, le=1)
+    """maxBulletLineRatio is the largest part of lines that begin with a bullet."""
+    max_ellipsis_line_ratio: float = Field(0.3, ge=0, le=1)
+    """maxEllipsisLineRatio is the largest part of lines that end with an ellipsis."""
+    min_alphabetic_word_ratio: float = Field(0.8, ge=0, le=1)
+    """minAlphabeticWordRatio is the smallest part of words with at least one letter."""
+    min_stop_words: int = Field(2, ge=0)
+    """minStopWords is the fewest stop words (the, be, to, of, and, that, have, with) in a document."""
+
+
+class Corpus(StageConfig):
+    """Read raw text, keep what is in the wanted languages, reads like prose, and was not seen before."""
+
+    KIND = "corpus"
+    GIVES = ArtifactKind.CORPUS
+    RUNS_AS = RunsAs.TASKS
+
+    sources: list[Source] = Field(min_length=1, max_length=64)
+    """sources are the places where raw text is."""
+    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2}$", max_length=2)]] = Field(
+        default_factory=list, max_length=100
+    )
+    """languages are the ISO 639-1 codes of the languages that are kept; none listed keeps every language."""
+    min_language_score: float = Field(0.65, ge=0, le=1)
+    """minLanguageScore is the least probability of the identified language."""
+    quality: Quality = Field(default_factory=Quality)
+    """quality holds the rules for prose."""
+    dedup: Dedup = Dedup.EXACT
+    """dedup names which repeated documents are dropped: exact compares the normalized text."""

@@ -1,0 +1,41 @@
+"""The deploy stage: an exported model -> an OpenAI-compatible endpoint that has answered once before it is called ready."""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import Field
+
+from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
+
+
+class Engine(StrEnum):
+    """The program that serves."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
+class DeployInputs(Inputs):
+    """What is served."""
+
+    ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {"model": ArtifactKind.HUGGINGFACE}
+
+    model: StageName
+    """model names the export stage."""
+
+
+class Deploy(StageConfig):
+    """Serve an exported model over HTTP."""
+
+    KIND = "deploy"
+    GIVES = ArtifactKind.ENDPOINT
+    RUNS_AS = RunsAs.SERVICE
+
+    from_: DeployInputs = Field(alias="from")
+    """from names the exported model."""
+    engine: Engine = Engine.TRANSFORMERS
+    """engine is the server: transformers runs on CPUs, vllm on GPU pools."""
+    replicas: int = Field(1, ge=1, le=1000)
+    """replicas is the number of servers; a local run has one."""
+    port: int = Field(8000, ge=1024, le=65535)
+    """port is where the endpoint listens; a local run takes the next free one."""

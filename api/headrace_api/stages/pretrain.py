@@ -1,0 +1,148 @@
+"""The pretrain stage: token shards -> a model. Architecture, layout, schedule, checkpoints.
+
+Megatron-core owns the parallelism and the optimizer; these fields are what a training engineer decides.
+"""
+
+from enum import StrEnum
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from headrace_api.base import Cadence, FieldError, Quantity, Spec
+from headrace_api.model import ModelSpec
+from headrace_api.parallelism import Parallelism
+from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
+
+
+class Precision(StrEnum):
+    """The number format of the matrix multiplications."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP8 = "fp8"
+
+
+class Decay(StrEnum):
+    """How the learning rate falls after its warm-up."""
+
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
+class PretrainInputs(Inputs):
+    """What the model is trained on."""
+
+    ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {"shards": ArtifactKind.SHARDS}
+
+    shards: StageName
+    """shards names the shards stage."""
+
+
+class Schedule(Spec):
+    """The learning rate over the run."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """learningRate is the peak, reached at the end of the warm-up."""
+    min_learning_rate: float | None = Field(None, ge=0)
+    """minLearningRate is where the decay ends; a tenth of learningRate if unset."""
+    warmup: int = Field(0, ge=0)
+    """warmup is the number of steps over which the rate rises from 0."""
+    decay: Decay = Decay.COSINE
+    """decay is the curve from the peak to minLearningRate: cosine, or constant for none."""
+
+    @property
+    def final_rate(self) -> float:
+        """The rate at the last step."""
+        return self.learning_rate / 10 if self.min_learning_rate is None else self.min_learning_rate
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.final_rate > self.learning_rate:
+            raise FieldError(
+                "minLearningRate", self.min_learning_rate, f"must be at most learningRate, {self.learning_rate}"
+            )
+        return self
+
+
+class Optimizer(Spec):
+    """AdamW (arXiv 1711.05101), its state spread over the data axis."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """beta1 is the decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """beta2 is the decay of the second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """epsilon is added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """weightDecay is applied to matrices, not to norms."""
+    clip_norm: float = Field(1.0, gt=0)
+    """clipNorm is the largest norm of the gradient."""
+
+
+class Checkpointing(Spec):
+    """When the whole training state is saved, and how many saves are kept."""
+
+    every: Cadence = 200
+    """every is a number of steps (100) or a time (30m) between saves."""
+    keep: int = Field(2, ge=1, le=100)
+    """keep is the number of newest checkpoints that stay in storage while the stage runs."""
+
+
+class Validation(Spec):
+    """How often the loss on held-out text is measured."""
+
+    every: int = Field(100, ge=1)
+    """every is the number of steps between measurements; the last step is always measured."""
+    samples: int = Field(64, ge=1)
+    """samples is the number of sequences that a measurement reads."""
+
+
+class Pretrain(StageConfig):
+    """Train a language model from random weights on token shards."""
+
+    KIND = "pretrain"
+    GIVES = ArtifactKind.CHECKPOINT
+    RUNS_AS = RunsAs.GANG
+
+    from_: PretrainInputs = Field(alias="from")
+    """from names the token shards."""
+    model: ModelSpec
+    """model is the architecture."""
+    tokens: Quantity = Field(ge=1)
+    """tokens is how many tokens the model is trained on; the number of steps is this over the tokens of a global batch, rounded up."""
+    sequence_length: int = Field(2048, ge=8)
+    """sequenceLength is the number of tokens in a sample."""
+    global_batch_size: int = Field(256, ge=1)
+    """globalBatchSize is the number of samples in a step, over all ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    """microBatchSize is the number of samples in one forward pass of one rank."""
+    precision: Precision = Precision.BF16
+    """precision is the format of the matrix multiplications; fp8 needs a GPU with Transformer Engine."""
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    """parallelism is how one replica is split over ranks; the other ranks are data parallel."""
+    schedule: Schedule = Field(default_factory=Schedule)
+    """schedule is the learning rate over the run."""
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    """optimizer holds AdamW's constants."""
+    checkpoint: Checkpointing = Field(default_factory=Checkpointing)
+    """checkpoint says when the training state is saved."""
+    validation: Validation = Field(default_factory=Validation)
+    """validation says when the loss on held-out text is measured."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch."""
+        return self.sequence_length * self.global_batch_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the whole stage."""
+        return -(-self.tokens // self.tokens_per_step)
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.schedule.warmup >= self.steps:
+            raise FieldError(
+                "schedule.warmup", self.schedule.warmup, f"must be below the {self.steps} steps that tokens allows"
+            )
+        return self
