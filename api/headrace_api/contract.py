@@ -24,6 +24,8 @@ class ResolvedStage(Spec):
     """run is the name of the TrainingRun."""
     namespace: str = "default"
     """namespace is where the run lives."""
+    run_uid: str = ""
+    """runUid tells this run from an earlier one of the same name."""
     stage: Stage
     """stage is the stage as written, with every default filled in."""
     attempt: int = Field(ge=1)

@@ -1,0 +1,34 @@
+"""The errors that the agent turns into fault classes; every other exception is a fault of the process."""
+
+from headrace_api.faults import ExitCode, FaultClass
+
+
+class UserError(ValueError):
+    """Bad configuration or data: the message names the field or file, the value and the remedy."""
+
+
+class StorageError(Exception):
+    """Storage did not answer, is full, or holds something corrupt."""
+
+
+class Stopped(Exception):
+    """Asked to stop, and stopped with the work saved.
+
+    Attributes:
+        step: the step that was saved.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def fault_of(error: BaseException) -> tuple[FaultClass, ExitCode]:
+    """The fault class and exit code of an exception that ended a rank."""
+    if isinstance(error, Stopped):
+        return FaultClass.STOPPED, ExitCode.STOPPED
+    if isinstance(error, UserError):
+        return FaultClass.USER, ExitCode.USER
+    if isinstance(error, StorageError | OSError):
+        return FaultClass.STORAGE, ExitCode.STORAGE
+    return FaultClass.PROCESS, ExitCode.PROCESS
