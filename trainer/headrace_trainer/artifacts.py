@@ -35,9 +35,8 @@ def describe_files(folder: Path) -> list[ArtifactFile]:
     ]
 
 
-def read_manifest(store: ObjectStore, stage: str) -> Artifact | None:
-    """The manifest of a stage, or None where there is none that can be read."""
-    key = f"{stage}/{ARTIFACT_FILE}"
+def read_manifest(store: ObjectStore, key: str) -> Artifact | None:
+    """The manifest under ``key``, or None where there is none that can be read."""
     if not store.exists(key):
         return None
     try:
@@ -48,7 +47,7 @@ def read_manifest(store: ObjectStore, stage: str) -> Artifact | None:
 
 def find(store: ObjectStore, resolved: ResolvedStage) -> Artifact | None:
     """The finished result of exactly this stage: same hash, and every file there with its stated size."""
-    artifact = read_manifest(store, resolved.stage.name)
+    artifact = read_manifest(store, f"{resolved.stage.name}/{ARTIFACT_FILE}")
     if artifact is None or artifact.hash != resolved.hash:
         return None
     sizes = {info.key: info.bytes for info in store.list(f"{resolved.stage.name}/")}
@@ -67,7 +66,7 @@ def fetch(store: ObjectStore, ref: ArtifactRef, *, into: Path) -> Path:
     Raises:
         StorageError: the artifact is gone, is another one, or a file's digest does not match.
     """
-    artifact = read_manifest(store, ".")
+    artifact = read_manifest(store, ARTIFACT_FILE)
     if artifact is None:
         raise StorageError(f"{ref.uri}: no {ARTIFACT_FILE}: the stage that makes it must run again")
     if artifact.digest != ref.digest:

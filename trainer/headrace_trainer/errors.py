@@ -29,6 +29,6 @@ def fault_of(error: BaseException) -> tuple[FaultClass, ExitCode]:
         return FaultClass.STOPPED, ExitCode.STOPPED
     if isinstance(error, UserError):
         return FaultClass.USER, ExitCode.USER
-    if isinstance(error, StorageError | OSError):
+    if isinstance(error, StorageError | OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return FaultClass.STORAGE, ExitCode.STORAGE
     return FaultClass.PROCESS, ExitCode.PROCESS
