@@ -227,6 +227,8 @@ class StageStatus(Spec):
     """startedAt is when the first attempt began."""
     finished_at: datetime | None = None
     """finishedAt is when the stage succeeded or failed."""
+    retry_at: datetime | None = None
+    """retryAt is when the next attempt begins after a failure."""
     artifact: ArtifactRef | None = None
     """artifact is what the stage left."""
     endpoint: str | None = None
@@ -281,7 +283,7 @@ class RunStatus(Spec):
     observed_generation: int | None = None
     """observedGeneration is the generation of the spec that this status is about."""
     summary: str | None = None
-    """summary is the STATUS column: Pending, Running, Stopping, Suspended, Complete or Failed."""
+    """summary is the STATUS column: Pending, Running, Restarting, Stopping, Suspended, Complete or Failed."""
     stage: str | None = None
     """stage is the name of the stage that is under way."""
     step: str | None = None
@@ -323,6 +325,8 @@ class ObjectMeta(Spec):
     """uid is given by the API server."""
     generation: int | None = None
     """generation is counted up by the API server when the spec changes."""
+    deletion_timestamp: datetime | None = None
+    """deletionTimestamp is set by the API server when the run is being deleted."""
 
 
 class TrainingRun(Spec):
