@@ -86,6 +86,17 @@ class Progress(Spec):
     """time is when the report was made."""
 
 
+class ProgressReport(Spec):
+    """The body of a POST to ``PROGRESS_PATH``: a pod may report for its own namespace, run, stage and attempt only."""
+
+    namespace: str
+    """namespace is the run's."""
+    run: str
+    """run is the run's name."""
+    progress: Progress
+    """progress is the newest heartbeat."""
+
+
 def join_uri(base: str, *parts: str) -> str:
     """``base`` and ``parts`` with single slashes between them; works for s3://, file:// and paths."""
     return "/".join([base.rstrip("/"), *(str(PurePosixPath(p)) for p in parts)])

@@ -4,6 +4,7 @@ The trainer exits with these codes and writes an ``Outcome`` as its termination 
 body classify with ``classify`` and ``plan`` decides.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
@@ -101,3 +102,17 @@ def classify(exit_code: int | None, *, pod_reason: str = "") -> Outcome:
     said = pod_reason or ("Vanished" if exit_code is None else "ExitCode")
     detail = "the pod is gone" if exit_code is None else f"exit code {exit_code}"
     return Outcome(fault=fault, reason=said, message=f"{detail}, without a termination message")
+
+
+_MOST_TELLING = (FaultClass.USER, FaultClass.STORAGE, FaultClass.STOPPED, FaultClass.POD, FaultClass.PROCESS)
+"""When one rank reads bad data or a pod is evicted, the others only see a closed connection."""
+
+
+def most_telling(outcomes: Iterable[Outcome]) -> Outcome | None:
+    """The failure that explains the others: the first of the most telling class; None if nothing failed.
+
+    Args:
+        outcomes: of the ranks of a pod, or of the pods of a gang, the earliest first.
+    """
+    faults = [(fault, o) for o in outcomes if (fault := o.fault) is not None]
+    return min(faults, key=lambda f: _MOST_TELLING.index(f[0]), default=(None, None))[1]

@@ -24,6 +24,7 @@ from headrace_api.faults import ExitCode, Outcome
 from headrace_api.stages import StageConfig
 from headrace_trainer import artifacts
 from headrace_trainer.errors import StorageError, UserError, fault_of
+from headrace_trainer.processes import die_with_parent
 from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
 ROOMS = {
@@ -167,6 +168,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     ctx: StageContext | None = None
     rank, code = int(os.environ.get("RANK", "0")), ExitCode.OK
+    die_with_parent()
     try:
         ctx = context_from_environment(Path(argv[0]))
         ctx.report(phase="Starting")
