@@ -1,0 +1,1 @@
+"""A real Kubernetes cluster on one bare Linux machine: see README.md."""

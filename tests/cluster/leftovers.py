@@ -1,0 +1,131 @@
+"""Proves that `down` leaves the machine as `up` found it: everything a cluster could leave behind, listed before and after."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster import cgroups
+from cluster.host import run
+from cluster.layout import BEFORE_FILE, BIN, CLUSTER_FILE, HERE, KUBECONFIG, LOGS, RUN
+from cluster.packages import SEARCH_PATH
+
+# kubelet sets these for the whole host.
+SYSCTLS = (
+    "kernel.keys.root_maxbytes",
+    "kernel.keys.root_maxkeys",
+    "kernel.panic",
+    "kernel.panic_on_oops",
+    "net.ipv4.ip_forward",
+    "vm.overcommit_memory",
+    "vm.panic_on_oom",
+)
+PATHS = (
+    *("/etc/cni/net.d", "/run/containerd", "/run/flannel", "/run/netns", "/run/xtables.lock"),
+    *("/var/lib/cni", "/var/lib/containerd", "/var/lib/etcd/member", "/var/lib/kubelet"),
+    *("/var/log/containers", "/var/log/pods", str(CLUSTER_FILE), str(KUBECONFIG), str(LOGS), str(RUN)),
+)
+
+
+def remember() -> None:
+    """Write down how the machine looks now, and the settings to restore."""
+    BEFORE_FILE.write_text(json.dumps({"sysctls": read_sysctls(), "seen": snapshot()}, indent=2))
+
+
+def restore_sysctls() -> None:
+    if BEFORE_FILE.exists():
+        for name, value in json.loads(BEFORE_FILE.read_text())["sysctls"].items():
+            sysctl_file(name).write_text(value)
+
+
+def find() -> list[str]:
+    """What is here now and was not before `up`, one line each; and what was lost."""
+    before = json.loads(BEFORE_FILE.read_text())["seen"] if BEFORE_FILE.exists() else {}
+    found: list[str] = []
+    for kind, now in snapshot().items():
+        then = set(before.get(kind, now))
+        found += [f"new {kind}: {item}" for item in sorted(set(now) - then)]
+        found += [f"lost {kind}: {item}" for item in sorted(then - set(now))]
+    return found + [f"process: {line}" for line in processes()]
+
+
+def snapshot() -> dict[str, list[str]]:
+    """What there is of each kind, as lines that compare equal when nothing changed."""
+    return {kind: sorted(listing()) for kind, listing in LISTINGS.items()}
+
+
+def mounts() -> list[str]:
+    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+
+
+def control_groups() -> list[str]:
+    """The top folder of every hierarchy: below it, other programs come and go."""
+    return [str(folder) for hierarchy in cgroups.hierarchies() for folder in hierarchy.iterdir() if folder.is_dir()]
+
+
+def interfaces() -> list[str]:
+    return os.listdir("/sys/class/net")
+
+
+def network_namespaces() -> list[str]:
+    return [f"/run/netns/{name}" for name in os.listdir("/run/netns")] if Path("/run/netns").exists() else []
+
+
+def routes() -> list[str]:
+    return run(["ip", "route", "show", "table", "all"]).splitlines()
+
+
+def firewall_rules() -> list[str]:
+    """Rules and chains of IPv4 and IPv6 in both of the kernel's tables, without their counters."""
+    rules = []
+    for program in ("iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save"):
+        lines = run([program], env={"PATH": SEARCH_PATH}).splitlines()
+        rules += [f"{program}: {line.split(' [')[0]}" for line in lines if line and not line.startswith("#")]
+    return rules
+
+
+def settings() -> list[str]:
+    return [f"{name}={value}" for name, value in read_sysctls().items()]
+
+
+def existing_paths() -> list[str]:
+    return [path for path in PATHS if Path(path).exists()]
+
+
+def read_sysctls() -> dict[str, str]:
+    return {name: sysctl_file(name).read_text().strip() for name in SYSCTLS if sysctl_file(name).exists()}
+
+
+def sysctl_file(name: str) -> Path:
+    return Path("/proc/sys", *name.split("."))
+
+
+LISTINGS: dict[str, Callable[[], list[str]]] = {
+    "mount": mounts,
+    "control group": control_groups,
+    "interface": interfaces,
+    "network namespace": network_namespaces,
+    "route": routes,
+    "firewall rule": firewall_rules,
+    "setting": settings,
+    "path": existing_paths,
+}
+
+
+def processes() -> list[str]:
+    """Processes that run the cluster's programs or hold its folders."""
+    marks = (str(BIN), str(RUN), str(HERE / "hold.py"))
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            words = process_words(entry)
+            if any(mark in words for mark in marks):
+                found.append(f"{entry.name} {words[:200]}")
+    return found
+
+
+def process_words(process: Path) -> str:
+    try:
+        return process.joinpath("cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
