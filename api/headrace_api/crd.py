@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from headrace_api import GROUP, VERSION
+from headrace_api.model import PRESETS
 from headrace_api.run import MAX_NAMES, TrainingRun
 from headrace_api.runtime import TrainingRuntime
 from headrace_api.stages import KINDS
@@ -39,18 +40,17 @@ _COLUMNS = [
 ]
 
 
-def _rule(rule: str, message: str, *, expression: str | None = None) -> Schema:
-    out: Schema = {"rule": rule, "message": message}
-    return out if expression is None else {**out, "messageExpression": expression}
+def _rule(rule: str, message: str) -> Schema:
+    return {"rule": rule, "message": message}
 
 
 def _divides(field: str, dimension: str) -> Schema:
-    """``field`` of ``parallelism`` must divide ``dimension`` of ``model``, where the manifest states both."""
+    """``field`` of ``parallelism`` must divide a dimension of the model: the one that is written, or its preset's."""
+    of_presets = ", ".join(f"'{name}': {arch.dump()[dimension]}" for name, arch in sorted(PRESETS.items()))
+    stated = f"(has(self.model.{dimension}) ? self.model.{dimension} : {{{of_presets}}}[self.model.preset])"
     return _rule(
-        f"!has(self.model.{dimension}) || self.model.{dimension} % self.parallelism.{field} == 0",
-        f"parallelism.{field} must divide model.{dimension}",
-        expression=f"'parallelism.{field} is ' + string(self.parallelism.{field}) + ': it must divide model.{dimension}, '"
-        f" + string(self.model.{dimension})",
+        f"{stated} % self.parallelism.{field} == 0",
+        f"parallelism.{field} must divide the model's {dimension}; choose a divisor of it",
     )
 
 
