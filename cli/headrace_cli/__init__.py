@@ -1,1 +1,1 @@
-""""""
+"""``headrace``: the command line, and the local body that runs a manifest without a cluster."""
