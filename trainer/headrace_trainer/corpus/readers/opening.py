@@ -1,0 +1,93 @@
+"""Opening possibly compressed files so that a damaged one is an error that names it, wherever it is read.
+
+In: a path. Out: a buffered binary stream of the decompressed content.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from headrace_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_BUFFER_BYTES = 1 << 20
+_DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda raw: pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"),
+}
+
+
+class _Checked(io.RawIOBase):
+    """Turns every way in which decompressors fail into a ``UserError``.
+
+    warcio takes an ``EOFError`` for the end of the archive, so a file that was cut short would pass for a whole one.
+    """
+
+    def __init__(self, path: Path, address: str) -> None:
+        self._raw = path.open("rb")
+        self._stream = _DECOMPRESSORS.get(path.suffix.lower(), lambda raw: raw)(self._raw)
+        self._address = address
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "Buffer", /) -> int:
+        view = memoryview(buffer)
+        try:
+            data = self._stream.read(len(view))
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise UserError(
+                f"{self._address}: cut short or corrupt near byte {self._raw.tell()}: {error}; copy the file again"
+            ) from error
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def open_bytes(path: Path, address: str) -> io.BufferedReader:
+    """The decompressed content of ``path``; its suffix says how it is compressed.
+
+    Args:
+        path: a file on this machine.
+        address: what people call it, for errors.
+
+    Raises:
+        UserError: from any later read, where the file turns out to be damaged.
+    """
+    return io.BufferedReader(_Checked(path, address), buffer_size=_BUFFER_BYTES)
+
+
+def decode_utf8(data: bytes, address: str, *, first_line: int = 1, first_byte: int = 0) -> str:
+    """``data`` as text, without a byte-order mark.
+
+    Args:
+        data: a file or a line of one.
+        address: what people call the file.
+        first_line: the number of the line that ``data`` begins with.
+        first_byte: the offset of ``data`` in the decompressed file.
+
+    Raises:
+        UserError: names the line and the byte offset of the first bad byte.
+    """
+    try:
+        return data.decode("utf-8-sig" if first_byte == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{address}:{line}: byte {first_byte + error.start} is not valid UTF-8 ({error.reason}); "
+            f"convert the file, as with iconv -t UTF-8, or remove it"
+        ) from error
