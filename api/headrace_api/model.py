@@ -109,8 +109,8 @@ class ModelSpec(Spec):
     def _check(self) -> Self:
         if self.preset is not None and self.preset not in PRESETS:
             raise FieldError("preset", self.preset, f"choose one of {', '.join(sorted(PRESETS))}")
-        needed = ("layers", "hidden_size", "heads", "kv_heads", "ffn_hidden_size")
-        missing = [name for name in needed if getattr(self, name) is None]
+        needed = ("layers", "hiddenSize", "heads", "kvHeads", "ffnHiddenSize")
+        missing = [name for name in needed if name not in self.dump()]
         if self.preset is None and missing:
             raise FieldError("preset", None, f"set a preset, or set {', '.join(missing)} too")
         arch = self.architecture

@@ -89,9 +89,9 @@ def live_table(run: TrainingRun) -> Table:
     return table
 
 
-def _running_cells(status: RunStatus) -> tuple[object, ...]:
+def _running_cells(status: RunStatus) -> tuple[str | ProgressBar, ...]:
     part = int(status.progress.rstrip("%")) if status.progress else None
-    bar = ProgressBar(total=100, completed=part, width=20) if part is not None else ""
+    bar: str | ProgressBar = ProgressBar(total=100, completed=part, width=20) if part is not None else ""
     shown = (status.loss, status.tokens_per_second, status.eta, status.phase_message)
     return (status.step or "", bar, *(value or "" for value in shown))
 

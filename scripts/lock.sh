@@ -1,0 +1,15 @@
+#!/bin/sh
+# Pin every dependency by hash, without addresses. One file for each thing that is installed.
+# Usage: scripts/lock.sh [options of uv pip compile, as --upgrade]
+set -eu
+cd "$(dirname "$0")/.."
+lock() {
+    out=$1
+    shift
+    .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+        --no-emit-index-url --no-emit-find-links --output-file "requirements/$out.txt" "$@"
+}
+echo "uv>=0.9" | lock uv "$@" -
+lock dev pyproject.toml --extra operator --extra trainer --extra dev "$@"
+lock operator pyproject.toml --extra operator --constraint requirements/dev.txt "$@"
+lock trainer pyproject.toml --extra trainer --constraint requirements/dev.txt "$@"

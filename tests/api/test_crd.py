@@ -1,0 +1,81 @@
+"""The CustomResourceDefinitions are generated, and say what the classes say."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from headrace_api import crd
+from headrace_api.stages import KINDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _walk(node: Any, path: str = ""):
+    if isinstance(node, dict):
+        yield path, node
+        for key, value in node.items():
+            yield from _walk(value, f"{path}.{key}")
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _walk(value, f"{path}[{i}]")
+
+
+def _schema() -> dict[str, Any]:
+    return crd.run_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+def test_the_committed_files_are_what_the_classes_generate():
+    for path, text in crd.files():
+        assert (ROOT / path).read_text() == text, f"{path} is stale; run `make crds`"
+
+
+def test_the_schema_is_structural():
+    for path, node in _walk(_schema()):
+        assert not {"$ref", "anyOf", "allOf", "const", "title"} & (set(node) - {"properties"}) or path.endswith(
+            "properties"
+        )
+
+
+def test_every_spec_field_is_described_and_begins_with_its_name():
+    spec = _schema()["properties"]["spec"]
+    undescribed = []
+    for path, node in _walk(spec):
+        for name, prop in node.get("properties", {}).items() if isinstance(node.get("properties"), dict) else ():
+            if not str(prop.get("description", "")).startswith(name):
+                undescribed.append(f"{path}.{name}")
+    assert undescribed == []
+
+
+def test_every_kind_is_a_property_of_a_stage_and_one_rule_asks_for_exactly_one():
+    stage = _schema()["properties"]["spec"]["properties"]["stages"]["items"]
+    assert set(KINDS) <= set(stage["properties"])
+    rule = stage["x-kubernetes-validations"][0]["rule"]
+    assert all(f"has(self.{kind})" in rule for kind in KINDS)
+
+
+def test_lists_are_bounded_and_typed():
+    for path, node in _walk(_schema()):
+        if node.get("type") == "array":
+            assert node["maxItems"] >= 1, path
+            assert node["x-kubernetes-list-type"] in ("map", "atomic"), path
+
+
+def test_the_columns_and_names_are_what_people_type():
+    definition = crd.run_crd()
+    version = definition["spec"]["versions"][0]
+    names = [c["name"] for c in version["additionalPrinterColumns"]]
+    assert names == ["Stage", "Status", "Step", "Progress", "Loss", "Tok/s", "Restarts", "ETA", "Age"]
+    assert definition["spec"]["names"]["shortNames"] == ["trun"]
+    assert version["subresources"] == {"status": {}}
+
+
+def test_the_status_is_not_filled_in_by_the_api_server():
+    status = _schema()["properties"]["status"]
+    assert all("default" not in node for path, node in _walk(status) if not path.endswith("properties"))
+
+
+def test_the_files_are_yaml_without_aliases():
+    for path, text in crd.files():
+        assert "&id" not in text, path
+        assert yaml.safe_load(text)["kind"] == "CustomResourceDefinition"

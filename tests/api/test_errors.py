@@ -1,0 +1,125 @@
+"""Bad manifests: each line names the field, the value and the remedy."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from builders import manifest
+from headrace_api.errors import ManifestError, load_run, parse_run
+
+
+def _set(value: dict[str, Any], path: str, new: object) -> dict[str, Any]:
+    """``value`` with one field changed; list items are named by the stage's name."""
+    node: Any = value["spec"]
+    *parents, last = path.split(".")
+    for part in parents:
+        node = next(s for s in node if s["name"] == part) if isinstance(node, list) else node.setdefault(part, {})
+    if new is None:
+        del node[last]
+    else:
+        node[last] = new
+    return value
+
+
+CASES = [
+    ("sed", 1, "spec.sed: unknown field; did you mean seed?"),
+    ("stages.base.pretrain.tokenz", "1M", "spec.stages[3].pretrain.tokenz: unknown field; did you mean tokens?"),
+    ("stages.base.pretrain.schedule.rate", 1, "spec.stages[3].pretrain.schedule.rate: unknown field; known fields are"),
+    (
+        "stages.base.pretrain.parallelism.tensor", 3,
+        "spec.stages[3].pretrain.parallelism.tensor: 3: must divide the model's 4 heads; use 1, 2 or 4",
+    ),
+    (
+        "stages.base.pretrain.parallelism.tensor", 4,
+        "spec.stages[3].pretrain.parallelism.tensor: 4: must divide the model's 2 kvHeads; use 1 or 2",
+    ),
+    (
+        "stages.base.pretrain.parallelism.pipeline", 3,
+        "spec.stages[3].pretrain.parallelism.pipeline: 3: must divide the model's 4 layers; use 1, 2 or 4",
+    ),
+    (
+        "stages.base.compute", {"ranksPerNode": 3},
+        "spec.stages[3].pretrain.parallelism: 'tensor 2 x pipeline 1': 2 ranks a replica must divide the gang's 3",
+    ),
+    (
+        "stages.base.pretrain.microBatchSize", 5,
+        "spec.stages[3].pretrain.globalBatchSize: 16: must be a multiple of microBatchSize x data ranks, 5 x 1 = 5",
+    ),
+    (
+        "stages.base.pretrain.precision", "fp8",
+        "spec.stages[3].pretrain.precision: 'fp8': needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
+    ),
+    ("stages.base.pretrain.model", {"preset": "gpt"}, "spec.stages[3].pretrain.model.preset: 'gpt': choose one of llama-"),
+    (
+        "stages.base.pretrain.model", {"layers": 2},
+        "spec.stages[3].pretrain.model.preset: None: set a preset, or set hiddenSize, heads, kvHeads, ffnHiddenSize too",
+    ),
+    ("stages.base.pretrain.schedule.warmup", 10**6, "spec.stages[3].pretrain.schedule.warmup: 1000000: must be below the"),
+    (
+        "stages.base.pretrain.schedule.minLearningRate", 1,
+        "spec.stages[3].pretrain.schedule.minLearningRate: 1.0: must be at most learningRate, 0.0003",
+    ),
+    ("stages.base.pretrain.checkpoint.every", "soon", "spec.stages[3].pretrain.checkpoint.every: 'soon': not a duration"),
+    (
+        "stages.base.pretrain.from.shards", "tok",
+        "spec.stages[3].pretrain.from.shards: 'tok': is a tokenizer stage, which gives a tokenizer, not a shards; use tokens",
+    ),
+    ("stages.base.pretrain.from.shards", "x", "spec.stages[3].pretrain.from.shards: 'x': no earlier stage has this name"),
+    ("stages.base.pretrain", None, "spec.stages[3]: 'none': a stage has exactly one typed block of corpus, tokenizer"),
+    ("stages.base.name", "tok", "spec.stages[3].name: 'tok': is used twice; names are unique in a run"),
+    ("stages.base.name", "Base", "spec.stages[3].name: 'Base': String should match pattern"),
+    ("stages.eval.evaluate.require", {"acc": ">1"}, "spec.stages[4].evaluate.require: dict: 'acc' is not measured"),
+    ("stages.tok.tokenizer.vocabSize", "4X", "spec.stages[1].tokenizer.vocabSize: '4X': not a quantity; write a number"),
+    ("stages.tok.tokenizer.import", {"uri": "x"}, "spec.stages[1].tokenizer.from: None: set either from.corpus"),
+    ("stages.tok.compute", {"nodes": 2}, "spec.stages[1].compute.nodes: 2: a tokenizer stage runs on 1 node"),
+    ("stages", [], "spec.stages: list: List should have at least 1 item"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "expected"), CASES, ids=[f"{p}={v}"[:60] for p, v, _ in CASES])
+def test_a_bad_field_is_named_with_its_value_and_the_remedy(path, value, expected):
+    with pytest.raises(ManifestError) as caught:
+        parse_run(_set(manifest(), path, value))
+    assert any(p.startswith(expected) for p in caught.value.problems), caught.value.problems
+
+
+def test_every_problem_is_told_at_once():
+    bad = _set(_set(manifest(), "sed", 1), "stages.base.pretrain.schedule.warmup", "x")
+    with pytest.raises(ManifestError) as caught:
+        parse_run(bad)
+    assert len(caught.value.problems) == 2
+
+
+def test_names_that_are_too_long_for_a_pod_are_refused():
+    bad = manifest()
+    bad["metadata"]["name"] = "r" * 40
+    bad["spec"]["stages"][0]["name"] = "s" * 20
+    for stage in bad["spec"]["stages"][1:3]:
+        next(iter(v for k, v in stage.items() if k != "name"))["from"]["corpus"] = "s" * 20
+    with pytest.raises(ManifestError, match="too many for a pod's host name"):
+        parse_run(bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file; check the path"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
+        (b"", "holds 0 TrainingRun objects"),
+        (b"kind: Pod", "holds 0 TrainingRun objects"),
+    ],
+)
+def test_files_that_hold_no_run(tmp_path, content, expected):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ManifestError, match=expected):
+        load_run(path)
+
+
+def test_other_objects_in_the_file_are_left_alone(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump_all([{"kind": "Secret"}, manifest()]))
+    assert load_run(path).metadata.name == "demo"

@@ -1,0 +1,148 @@
+"""What people write, and what it means."""
+
+import json
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from builders import make_run, manifest, succeeded
+from headrace_api.artifact import Artifact, ArtifactFile, stage_hash
+from headrace_api.base import Cadence, Quantity, parse_duration
+from headrace_api.contract import ResolvedStage
+from headrace_api.errors import parse_run
+from headrace_api.faults import ExitCode, FaultClass, Outcome, classify, most_telling
+from headrace_api.model import PRESETS, padded_vocab
+from headrace_api.planning import estimate_pretrain
+from headrace_api.run import TrainingRun
+from headrace_api.stages import KINDS
+from headrace_api.stages.evaluate import meets
+
+STEP = make_run().spec.stages[3].pretrain
+assert STEP is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("140G", 140 * 10**9), ("2M", 2_000_000), ("1.5k", 1500), ("64Mi", 2**26), (7, 7), ("7", 7)]
+)
+def test_quantities(written, meant):
+    assert TypeAdapter(Quantity).validate_python(written) == meant
+
+
+@pytest.mark.parametrize("written", ["", "1X", "-1", "1.2345k", "G"])
+def test_what_is_no_quantity(written):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Quantity).validate_python(written)
+
+
+@pytest.mark.parametrize(("written", "meant"), [("30m", 1800.0), ("1.5h", 5400.0), ("250ms", 0.25)])
+def test_durations(written, meant):
+    assert parse_duration(written) == meant
+
+
+@pytest.mark.parametrize(("written", "meant"), [(100, 100), ("100", 100), ("30m", "30m")])
+def test_cadences_are_steps_or_time(written, meant):
+    assert TypeAdapter(Cadence).validate_python(written) == meant
+
+
+def test_numbers_that_yaml_reads_as_strings_are_numbers():
+    value = manifest()
+    value["spec"]["stages"][3]["pretrain"]["schedule"] = {"learningRate": "3e-4"}
+    assert parse_run(value).spec.stages[3].pretrain.schedule.learning_rate == 3e-4
+
+
+def test_a_run_survives_a_round_trip():
+    run = make_run()
+    assert TrainingRun.model_validate(run.dump()) == run
+    assert TrainingRun.model_validate(json.loads(run.model_dump_json(by_alias=True))) == run
+
+
+def test_what_a_pod_reads_is_what_the_planner_wrote():
+    run = make_run()
+    for stage in run.spec.stages:
+        resolved = ResolvedStage(
+            run="demo", stage=stage, attempt=1, seed=1, hash="h", storage=run.spec.storage, output_uri="/store/x"
+        )
+        text = resolved.model_dump_json(by_alias=True, exclude_none=True)
+        assert ResolvedStage.model_validate_json(text) == resolved
+
+
+def test_every_kind_says_what_it_gives_and_how_it_runs():
+    for name, kind in KINDS.items():
+        assert name == kind.KIND
+        assert kind.GIVES
+        assert kind.RUNS_AS
+
+
+def test_the_hash_follows_the_block_the_seed_and_the_inputs_and_nothing_else():
+    config = make_run().spec.stages[0].config
+    base = stage_hash(config, seed=1, inputs={"corpus": "a"})
+    assert base == stage_hash(config, seed=1, inputs={"corpus": "a"})
+    assert base != stage_hash(config, seed=2, inputs={"corpus": "a"})
+    assert base != stage_hash(config, seed=1, inputs={"corpus": "b"})
+    assert base != stage_hash(config.model_copy(update={"languages": ["en"]}), seed=1, inputs={"corpus": "a"})
+
+
+def test_an_artifacts_digest_is_what_it_is_and_not_when_it_was_made():
+    file = ArtifactFile(path="a", bytes=1, sha256="0" * 64)
+    made = {"kind": "corpus", "run": "r", "stage": "s", "hash": "h", "files": [file], "duration_seconds": 1.0}
+    first = Artifact.model_validate(made | {"created_at": "2026-01-01T00:00:00Z"})
+    later = Artifact.model_validate(
+        made | {"created_at": "2026-02-01T00:00:00Z", "run": "other", "duration_seconds": 9}
+    )
+    other = Artifact.model_validate(
+        made | {"created_at": "2026-01-01T00:00:00Z", "files": [file.model_copy(update={"sha256": "1" * 64})]}
+    )
+    assert first.digest == later.digest
+    assert first.digest != other.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab", "published"),
+    [("llama-7b", 32_000, 6_738_415_616), ("llama-8b", 128_256, 8_030_261_248), ("llama-70b", 128_256, 70_553_706_496)],
+)
+def test_presets_have_the_published_number_of_parameters(name, vocab, published):
+    assert PRESETS[name].num_parameters(vocab) == published
+
+
+def test_the_vocabulary_has_one_width_for_every_layout():
+    assert [padded_vocab(n) for n in (1, 1024, 1025, 50257)] == [1024, 1024, 2048, 51200]
+
+
+def test_the_estimate_is_six_operations_a_parameter_and_token():
+    estimate = estimate_pretrain(STEP, num_ranks=2, vocab_size=4096)
+    tokens = estimate.steps * estimate.tokens_per_step
+    assert estimate.flops == 6 * estimate.parameters * tokens
+    assert estimate.steps == -(-1_000_000 // (128 * 16))
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "holds"), [(">=3", 3, True), (">=3", 2.99, False), ("<40", 40, False), ("<= 40", 40, True), (">1", 1, False)]
+)  # fmt: skip
+def test_requirements_compare(bound, value, holds):
+    assert meets(bound, value) is holds
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "fault"),
+    [
+        (ExitCode.OK, "", None),
+        (ExitCode.USER, "", FaultClass.USER),
+        (ExitCode.STORAGE, "", FaultClass.STORAGE),
+        (ExitCode.STOPPED, "", FaultClass.STOPPED),
+        (1, "", FaultClass.PROCESS),
+        (137, "OOMKilled", FaultClass.POD),
+        (None, "Evicted", FaultClass.POD),
+    ],
+)
+def test_exit_codes_have_one_class_each(code, reason, fault):
+    outcome = classify(code, pod_reason=reason)
+    assert outcome.fault is fault
+    if reason:
+        assert outcome.reason == reason
+
+
+def test_the_most_telling_failure_is_the_one_that_explains_the_others():
+    peer = Outcome(fault=FaultClass.PROCESS, message="connection closed by peer")
+    data = Outcome(fault=FaultClass.USER, message="line 7 is not JSON")
+    assert most_telling([peer, succeeded(), data]) is data
+    assert most_telling([succeeded()]) is None

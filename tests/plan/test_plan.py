@@ -1,0 +1,353 @@
+"""The planner, driven the way a body drives it: plan, carry out, look again."""
+
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import pytest
+
+from builders import STAGES, START, ended, failed, make_run, seen, succeeded
+from headrace_api.contract import Progress, SavedCheckpoint
+from headrace_api.faults import FaultClass, Outcome
+from headrace_api.run import ConditionType, StageState, TrainingRun
+from headrace_operator.observe import Attempt, AttemptState, Observed
+from headrace_operator.plan import Plan, plan
+
+
+@dataclass
+class Body:
+    """A body without processes: attempts are values, and time passes when told to."""
+
+    run: TrainingRun
+    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
+    seconds: float = 0.0
+    last: Plan | None = None
+
+    def step(self, *, forget_status: bool = False) -> Plan:
+        """Plan once and carry it out."""
+        observed = seen(*self.attempts.values(), after_seconds=self.seconds)
+        decided = plan(self.run, observed)
+        self.run = self.run.model_copy(update={"status": decided.status})
+        for key in decided.stop:
+            old = self.attempts[key.stage, key.number]
+            if old.outcome is None:
+                self.attempts[key.stage, key.number] = replace(old, state=AttemptState.STOPPING)
+            else:
+                del self.attempts[key.stage, key.number]
+        for r in decided.start:
+            self.attempts.setdefault(
+                (r.stage.name, r.attempt),
+                Attempt(stage=r.stage.name, number=r.attempt, hash=r.hash, state=AttemptState.RUNNING),
+            )
+        self.last = decided
+        return decided
+
+    def end(self, outcome: Outcome) -> Plan:
+        """The attempt that is under way ends so; plan again."""
+        key = next(k for k, a in self.attempts.items() if a.outcome is None)
+        self.attempts[key] = ended(self.attempts[key], outcome)
+        return self.step()
+
+    def report(self, **fields: object) -> Plan:
+        """The attempt that is under way reports progress; plan again."""
+        key, attempt = next((k, a) for k, a in self.attempts.items() if a.outcome is None)
+        progress = Progress.model_validate({"stage": key[0], "attempt": key[1], "time": START, **fields})
+        self.attempts[key] = replace(attempt, progress=progress)
+        return self.step()
+
+    def change(self, **spec: object) -> None:
+        """The user edits the spec."""
+        value = self.run.spec.dump() | spec
+        self.run = self.run.model_copy(update={"spec": type(self.run.spec).model_validate(value)})
+
+    def started(self) -> list[tuple[str, int]]:
+        assert self.last is not None
+        return [(r.stage.name, r.attempt) for r in self.last.start]
+
+    def state(self, stage: str) -> StageState:
+        return next(s.state for s in self.run.status.stages if s.name == stage)
+
+
+def body(*stages: str, **spec: object) -> Body:
+    made = Body(run=make_run(*stages, **spec))
+    made.step()
+    return made
+
+
+def test_the_first_stage_starts_and_the_others_wait():
+    it = body()
+    assert it.started() == [("corpus", 1)]
+    assert [s.state for s in it.run.status.stages] == [StageState.RUNNING] + [StageState.PENDING] * 6
+
+
+def test_planning_again_changes_nothing():
+    it = body()
+    before = it.run.status
+    again = it.step()
+    assert again.status == before
+    assert again.events == ()
+    assert it.started() == [("corpus", 1)]
+
+
+def test_stages_follow_each_other_and_read_what_the_earlier_ones_left():
+    it = body("corpus", "tok", "tokens")
+    it.end(succeeded("c"))
+    assert it.started() == [("tok", 1)]
+    it.end(succeeded("t", vocabSize=4096))
+    shards = it.last.start[0]
+    assert {slot: ref.digest for slot, ref in shards.inputs.items()} == {"corpus": "c", "tokenizer": "t"}
+    assert shards.inputs["tokenizer"].uri == "/store/tok"
+    assert shards.output_uri == "/store/tokens"
+    it.end(succeeded("s"))
+    assert it.started() == []
+    assert it.run.status.summary == "Complete"
+    assert it.run.status.condition(ConditionType.COMPLETE)
+
+
+def test_a_finished_stage_is_skipped_when_the_run_is_planned_again_from_its_status():
+    it = body("corpus", "tok")
+    it.end(succeeded("c"))
+    it.attempts.clear()
+    it.step()
+    assert it.state("corpus") is StageState.SUCCEEDED
+    assert it.started() == [("tok", 1)]
+
+
+def test_an_edited_stage_and_what_reads_it_run_again_and_the_others_do_not():
+    it = body("corpus", "tok", "tokens")
+    for digest in ("c", "t", "s"):
+        it.end(succeeded(digest))
+    stages = [{"name": n, **STAGES[n]} for n in ("corpus", "tok", "tokens")]
+    stages[1] = {"name": "tok", "tokenizer": {"from": {"corpus": "corpus"}, "vocabSize": 2048}}
+    it.change(stages=stages)
+    it.step()
+    assert it.state("corpus") is StageState.SUCCEEDED
+    assert it.started() == [("tok", 2)]
+    it.end(succeeded("t2"))
+    assert it.started() == [("tokens", 2)]
+
+
+def test_the_same_result_of_an_earlier_stage_keeps_the_later_ones():
+    it = body("corpus", "tok")
+    it.end(succeeded("c"))
+    it.end(succeeded("t"))
+    corpus = it.run.status.stages[0].model_copy(update={"state": StageState.PENDING, "artifact": None, "hash": None})
+    it.run = it.run.model_copy(
+        update={"status": it.run.status.model_copy(update={"stages": [corpus, it.run.status.stages[1]]})}
+    )
+    it.step()
+    assert it.started() == [("corpus", 2)]
+    it.end(succeeded("c"))
+    assert it.run.status.summary == "Complete"
+
+
+def test_editing_a_stage_that_runs_stops_it_first():
+    it = body("corpus")
+    it.change(seed=7)
+    it.step()
+    assert [(k.stage, k.number) for k in it.last.stop] == [("corpus", 1)]
+    assert it.started() == []
+    it.end(failed(FaultClass.STOPPED))
+    assert it.started() == [("corpus", 2)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "policy", "restarts", "final"),
+    [
+        (FaultClass.PROCESS, {"maxInfraRestarts": 3}, 3, StageState.FAILED),
+        (FaultClass.POD, {"maxInfraRestarts": 1}, 1, StageState.FAILED),
+        (FaultClass.STORAGE, {"maxInfraRestarts": 0}, 0, StageState.FAILED),
+        (FaultClass.USER, {"maxUserRestarts": 0}, 0, StageState.FAILED),
+        (FaultClass.USER, {"maxUserRestarts": 1, "maxInfraRestarts": 0}, 1, StageState.FAILED),
+    ],
+)
+def test_failures_are_retried_within_their_budget_and_fail_beyond_it(fault, policy, restarts, final):
+    it = body("corpus", restartPolicy=policy)
+    for expected in range(2, restarts + 2):
+        it.end(failed(fault))
+        it.seconds += 120
+        it.step()
+        assert it.started() == [("corpus", expected)]
+    it.end(failed(fault, reason="Broken", message="the disk is gone"))
+    assert it.state("corpus") is final
+    assert it.started() == []
+    assert it.run.status.restarts == restarts
+    condition = next(c for c in it.run.status.conditions if c.type is ConditionType.FAILED)
+    assert (condition.status, condition.reason, condition.message) == ("True", "Broken", "corpus: the disk is gone")
+
+
+def test_budgets_are_counted_apart():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 1, "maxUserRestarts": 1})
+    it.end(failed(FaultClass.PROCESS))
+    it.end(failed(FaultClass.USER))
+    it.seconds += 120
+    it.step()
+    assert it.started() == [("corpus", 3)]
+    status = it.run.status.stages[0]
+    assert (status.infra_restarts, status.user_restarts) == (1, 1)
+
+
+def test_a_stop_that_nobody_asked_for_costs_no_budget():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 0})
+    for expected in (2, 3, 4):
+        it.end(failed(FaultClass.STOPPED))
+        assert it.started() == [("corpus", expected)]
+    assert it.run.status.restarts == 0
+
+
+def test_the_waits_between_attempts_double_up_to_a_minute():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 20})
+    waits = []
+    for _ in range(9):
+        decided = it.end(failed(FaultClass.STORAGE))
+        waits.append(decided.requeue_after_seconds or 0)
+        if not it.started():
+            assert it.run.status.summary == "Restarting"
+            it.seconds += waits[-1]
+            it.step()
+        assert len(it.started()) == 1
+    assert waits == [0, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_an_attempt_whose_objects_vanished_is_started_again_under_its_number():
+    it = body("corpus")
+    it.attempts.clear()
+    it.step()
+    assert it.started() == [("corpus", 1)]
+
+
+def test_a_success_whose_last_words_were_lost_is_asked_again_and_costs_nothing():
+    it = body("corpus")
+    it.end(succeeded(digest=None))
+    assert it.started() == [("corpus", 2)]
+    assert it.run.status.restarts == 0
+
+
+def test_numbers_are_not_given_twice_when_the_status_was_lost():
+    it = body("corpus")
+    it.end(failed(FaultClass.PROCESS))
+    it.run = make_run("corpus")
+    it.attempts["corpus", 2] = ended(it.attempts["corpus", 2], failed(FaultClass.PROCESS))
+    it.step()
+    assert it.started() == [("corpus", 3)]
+
+
+def test_suspending_stops_after_a_checkpoint_and_resuming_goes_on_with_the_next_attempt():
+    it = body("corpus")
+    it.change(suspend=True)
+    it.step()
+    assert it.state("corpus") is StageState.STOPPING
+    assert it.run.status.summary == "Stopping"
+    it.end(failed(FaultClass.STOPPED, message="saved step 12"))
+    assert it.state("corpus") is StageState.SUSPENDED
+    assert it.run.status.condition(ConditionType.SUSPENDED)
+    it.change(suspend=False)
+    it.step()
+    assert it.started() == [("corpus", 2)]
+    assert it.run.status.restarts == 0
+    assert not it.run.status.condition(ConditionType.SUSPENDED)
+
+
+def test_a_stage_that_finishes_while_it_is_suspended_is_done():
+    it = body("corpus", "tok")
+    it.change(suspend=True)
+    it.step()
+    it.end(succeeded("c"))
+    assert it.state("corpus") is StageState.SUCCEEDED
+    assert it.state("tok") is StageState.SUSPENDED
+
+
+def test_suspending_and_resuming_a_failed_run_gives_it_fresh_budgets():
+    it = body("corpus", restartPolicy={"maxUserRestarts": 0})
+    it.end(failed(FaultClass.USER))
+    assert it.run.status.condition(ConditionType.FAILED)
+    it.change(suspend=True)
+    it.step()
+    assert not it.run.status.condition(ConditionType.FAILED)
+    it.change(suspend=False)
+    it.step()
+    assert it.started() == [("corpus", 2)]
+
+
+def test_deleting_a_run_stops_everything_and_starts_nothing():
+    it = body("corpus")
+    meta = it.run.metadata.model_copy(update={"deletion_timestamp": START})
+    it.run = it.run.model_copy(update={"metadata": meta})
+    decided = it.step()
+    assert decided.start == ()
+    assert [(k.stage, k.number) for k in decided.stop] == [("corpus", 1)]
+
+
+def test_attempts_of_a_stage_that_is_no_longer_in_the_spec_are_stopped():
+    it = body("corpus")
+    stranger = Attempt(stage="gone", number=4, hash="h", state=AttemptState.RUNNING)
+    decided = plan(it.run, Observed(now=START, attempts=(*it.attempts.values(), stranger)))
+    assert [(k.stage, k.number) for k in decided.stop] == [("gone", 4)]
+
+
+def test_a_server_is_done_when_it_has_answered_and_is_kept_alive():
+    it = body("corpus", "tok", "tokens", "base", "ship", "serve")
+    for digest in "ctsbx":
+        it.end(succeeded(digest))
+    assert it.started() == [("serve", 1)]
+    assert not it.run.status.condition(ConditionType.COMPLETE)
+    it.report(phase="Serving", endpoint="http://127.0.0.1:8000")
+    assert it.run.status.condition(ConditionType.COMPLETE)
+    assert it.run.status.endpoint == "http://127.0.0.1:8000"
+    assert it.started() == [("serve", 1)]
+    it.end(failed(FaultClass.PROCESS))
+    assert it.started() == [("serve", 2)]
+    assert not it.run.status.condition(ConditionType.COMPLETE)
+
+
+def test_only_the_newest_attempts_of_a_stage_are_kept():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 50})
+    for _ in range(6):
+        it.end(failed(FaultClass.PROCESS))
+        it.seconds += 120
+        it.step()
+    it.step()
+    assert sorted(n for _, n in it.attempts) == [5, 6, 7]
+
+
+def test_the_columns_show_the_newest_progress():
+    it = body("corpus")
+    saved = SavedCheckpoint(step=100, uri="/store/corpus/checkpoints/x", time=START)
+    it.report(
+        phase="Running", done=120, total=400, loss=3.21456, tokensPerSecond=12345.6, etaSeconds=200.4, checkpoint=saved,
+    )  # fmt: skip
+    status = it.run.status
+    assert (status.step, status.progress, status.loss) == ("120/400", "30%", "3.2146")
+    assert (status.tokens_per_second, status.eta) == ("12.3k", "3m20s")
+    assert status.checkpoint is not None and status.checkpoint.step == 100
+
+
+def test_the_newest_checkpoint_is_remembered_across_attempts():
+    it = body("corpus")
+    it.report(phase="Running", done=120, checkpoint=SavedCheckpoint(step=100, uri="/c", time=START))
+    it.end(failed(FaultClass.PROCESS))
+    assert it.run.status.checkpoint is not None and it.run.status.checkpoint.step == 100
+
+
+def test_events_tell_of_transitions_only():
+    it = body("corpus")
+    assert [e.reason for e in it.last.events] == ["AttemptStarted"]
+    it.end(failed(FaultClass.PROCESS, message="rank 1 was ended by SIGKILL"))
+    assert [e.reason for e in it.last.events] == ["AttemptFailed", "AttemptStarted"]
+    assert "rank 1 was ended by SIGKILL" in it.last.events[0].message
+    it.step()
+    assert it.last.events == ()
+    it.end(succeeded("c", documentsOut=12))
+    assert [(e.reason, e.message) for e in it.last.events] == [("StageSucceeded", "corpus: documentsOut=12")]
+
+
+def test_conditions_keep_the_time_of_their_last_change():
+    it = body("corpus", "tok")
+    first = {c.type: c.last_transition_time for c in it.run.status.conditions}
+    it.seconds = 60
+    it.end(succeeded("c"))
+    assert {c.type: c.last_transition_time for c in it.run.status.conditions} == first
+    it.seconds = 90
+    it.end(succeeded("t"))
+    times = {c.type: c.last_transition_time for c in it.run.status.conditions}
+    assert times[ConditionType.COMPLETE] == START + timedelta(seconds=90)
+    assert times[ConditionType.FAILED] == START
