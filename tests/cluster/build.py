@@ -48,7 +48,17 @@ def sources_digest() -> str:
 def compile_targets(go: str) -> None:
     # No cgo: a C compiler need not be there. GOTOOLCHAIN=local: never download another toolchain behind our back.
     environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
-    command = [go, "build", "-trimpath", "-buildvcs=false", "-ldflags", linker_flags(), "-o", f"{BIN}{os.sep}", *TARGETS]
+    command = [
+        go,
+        "build",
+        "-trimpath",
+        "-buildvcs=false",
+        "-ldflags",
+        linker_flags(),
+        "-o",
+        f"{BIN}{os.sep}",
+        *TARGETS,
+    ]
     if subprocess.run(["nice", *command], cwd=SOURCES, env=environment, check=False).returncode != 0:
         raise ClusterError(f"go build failed in {SOURCES}: its messages are above")
 

@@ -12,8 +12,21 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 
-from cluster import addons, build, certificates, cgroups, controlplane, images, leftovers, machines, network, nodes, packages
+from cluster import (
+    addons,
+    build,
+    certificates,
+    cgroups,
+    controlplane,
+    images,
+    leftovers,
+    machines,
+    network,
+    nodes,
+    packages,
+)
 from cluster.host import ClusterError, succeeds
 from cluster.layout import (
     BEFORE_FILE,
@@ -217,11 +230,13 @@ def heal() -> None:
     """Boot every node that is down, with the disk it had, and wait until it is Ready."""
     require_root()
     with lock():
-        for node in NODES:
-            if not machines.is_up(node):
-                start_node_machine(node)
-                nodes.start(node)
-        addons.wait_for_nodes()
+        started = datetime.now(UTC)
+        failed = [node for node in NODES if not machines.is_up(node)]
+        for node in failed:
+            start_node_machine(node)
+            nodes.start(node)
+        for node in failed:
+            addons.wait_for_reboot(node, since=started)
 
 
 def node_named(name: str) -> Machine:

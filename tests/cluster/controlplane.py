@@ -43,12 +43,16 @@ def start_controllers() -> None:
 
 def start_dns() -> None:
     corefile = RUN / "Corefile"
-    corefile.write_text(COREFILE.format(address=CONTROL.address, domain=CLUSTER_DOMAIN, config=pki.kubeconfig("coredns")))
+    corefile.write_text(
+        COREFILE.format(address=CONTROL.address, domain=CLUSTER_DOMAIN, config=pki.kubeconfig("coredns"))
+    )
     spawn(CONTROL, "coredns", [BIN / "coredns", "-conf", corefile])
 
 
 def wait_for_dns() -> None:
-    wait_until(lambda: accepts(f"{CONTROL.address}:53"), "CoreDNS", timeout_seconds=30, log=log_path(CONTROL, "coredns"))
+    wait_until(
+        lambda: accepts(f"{CONTROL.address}:53"), "CoreDNS", timeout_seconds=30, log=log_path(CONTROL, "coredns")
+    )
 
 
 def start_s3() -> str:
@@ -102,6 +106,7 @@ def controller_manager_command() -> list[str | Path]:
         f"--service-account-private-key-file={pki.SERVICE_ACCOUNT_KEY}",
         "--use-service-account-credentials=true",
         "--leader-elect=false",
+        "--pvclaimbinder-sync-period=1s",  # the default, 15 s, is how long a claim can wait for its volume
         "--node-monitor-grace-period=20s",  # a dead node is noticed in time for a test
     ]
 

@@ -64,11 +64,11 @@ def control_groups() -> list[str]:
 
 
 def interfaces() -> list[str]:
-    return os.listdir("/sys/class/net")
+    return [folder.name for folder in Path("/sys/class/net").iterdir()]
 
 
 def network_namespaces() -> list[str]:
-    return [f"/run/netns/{name}" for name in os.listdir("/run/netns")] if Path("/run/netns").exists() else []
+    return [str(file) for file in Path("/run/netns").glob("*")]
 
 
 def routes() -> list[str]:

@@ -24,12 +24,18 @@ def start(machine: Machine) -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     command = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "--propagation", "private"]
     holder = [sys.executable, HOLDER, str(machine.folder), machine.name]
-    process = subprocess.Popen(
-        [*command, *holder], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd="/", start_new_session=True
-    )
+    with log_path(machine, "machine").open("ab") as log:
+        process = subprocess.Popen(
+            [*command, *holder],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
     assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
-        raise ClusterError(f"{machine.name}: its namespaces could not be set up; the message is above")
+    if process.stdout.readline() != b"ready\n":
+        raise ClusterError(f"{machine.name}: its namespaces could not be set up; read {log.name}")
     run([*enter(machine), "ip", "link", "set", "lo", "up"])
 
 
@@ -88,7 +94,13 @@ def spawn(machine: Machine, daemon: str, argv: Sequence[str | Path], *, env: dic
     words = [*enter(machine), *(str(word) for word in argv)]
     with log_path(machine, daemon).open("ab") as log:
         subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=daemon_environment(env), start_new_session=True
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=daemon_environment(env),
+            start_new_session=True,
         )
 
 

@@ -13,13 +13,16 @@ from cluster.layout import CONTROL, HOST_ADDRESS, HOST_LINK, NODES, POD_CIDR, PR
 from cluster.machines import enter, holder_pid
 
 SEGMENT = "segment"
+# Fixed, because a bridge otherwise takes the lowest of its ports' addresses: a node that comes or goes would change it, and
+# all the others would lose the API server until they ask for its address again.
+SEGMENT_MAC = "02:00:00:00:00:01"
 UPLINK = "eth0"
 
 
 def connect_control() -> None:
     """Make the segment, put the host on it, and let the control machine forward for everybody."""
     inside = [*enter(CONTROL), "ip"]
-    run([*inside, "link", "add", SEGMENT, "type", "bridge"])
+    run([*inside, "link", "add", SEGMENT, "address", SEGMENT_MAC, "type", "bridge"])
     run([*inside, "address", "add", f"{CONTROL.address}/{PREFIX_LENGTH}", "dev", SEGMENT])
     run([*inside, "link", "set", SEGMENT, "up"])
     run([*enter(CONTROL), "sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])

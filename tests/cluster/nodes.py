@@ -27,7 +27,9 @@ def start(node: Machine) -> None:
 
 def start_containerd(node: Machine) -> None:
     config = node.folder / "containerd.toml"
-    config.write_text(CONTAINERD.format(pause=PAUSE_IMAGE, cni_programs=CNI_FOLDER, cni_config=network.cni_folder(node)))
+    config.write_text(
+        CONTAINERD.format(pause=PAUSE_IMAGE, cni_programs=CNI_FOLDER, cni_config=network.cni_folder(node))
+    )
     spawn(node, "containerd", [program("containerd"), "--config", config])
     ctr = [*enter(node), program("ctr"), "--namespace", "k8s.io"]
     log = log_path(node, "containerd")

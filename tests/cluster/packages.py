@@ -40,7 +40,9 @@ def install_missing() -> None:
     if not missing:
         return
     if shutil.which("apt-get") is None:
-        raise ClusterError(f"install these Debian packages, or what carries the same programs here: {' '.join(missing)}")
+        raise ClusterError(
+            f"install these Debian packages, or what carries the same programs here: {' '.join(missing)}"
+        )
     print(f"installing {' '.join(missing)}", flush=True)
     with services_kept_down():
         if not apt_install(missing):

@@ -1,0 +1,23 @@
+"""One rank of an all-reduce over gloo: prints the sum of all ranks' numbers. Run by torchrun in test_cluster.py."""
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    total = torch.tensor([float(dist.get_rank() + 1)])
+    dist.all_reduce(total)
+    print(
+        f"rank {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}: sum {total.item():g}", flush=True
+    )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # A pod's name resolves to its own address; gloo must not fall back to the loopback of /etc/hosts.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "eth0")
+    main()
