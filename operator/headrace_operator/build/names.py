@@ -1,0 +1,71 @@
+"""What objects are called and labelled: the only place that knows, for building and for finding them again."""
+
+from typing import Any
+
+from headrace_api import API_VERSION, GROUP
+from headrace_api.contract import ResolvedStage
+
+RUN_LABEL = f"{GROUP}/run"
+RUN_UID_LABEL = f"{GROUP}/run-uid"
+STAGE_LABEL = f"{GROUP}/stage"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+HASH_ANNOTATION = f"{GROUP}/hash"
+DIGEST_ANNOTATION = f"{GROUP}/digest"
+"""Digest of what was built, on Deployments: another digest means that it has to be applied again."""
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+
+
+def attempt_name(run: str, stage: str, attempt: int) -> str:
+    """The Job of an attempt, and what belongs to it."""
+    return f"{run}-{stage}-{attempt}"
+
+
+def service_name(run: str, stage: str) -> str:
+    """The Deployment of a service, and what belongs to it: the same for all attempts, so that its address stays."""
+    return f"{run}-{stage}"
+
+
+def account_name(run: str) -> str:
+    """The ServiceAccount of a run's pods."""
+    return f"headrace-{run}"
+
+
+def labels(resolved: ResolvedStage) -> dict[str, str]:
+    """What every object of an attempt carries."""
+    return {
+        "app.kubernetes.io/name": "headrace",
+        "app.kubernetes.io/component": resolved.stage.kind,
+        "app.kubernetes.io/instance": resolved.run,
+        "app.kubernetes.io/managed-by": "headrace",
+        RUN_LABEL: resolved.run,
+        RUN_UID_LABEL: resolved.run_uid,
+        STAGE_LABEL: resolved.stage.name,
+        ATTEMPT_LABEL: str(resolved.attempt),
+    }
+
+
+def metadata(resolved: ResolvedStage, name: str) -> dict[str, Any]:
+    """Name, labels and hash of an object."""
+    return {
+        "name": name,
+        "namespace": resolved.namespace,
+        "labels": labels(resolved),
+        "annotations": {HASH_ANNOTATION: resolved.hash},
+    }
+
+
+def run_reference(resolved: ResolvedStage) -> dict[str, Any]:
+    """An ownerReference to the run."""
+    return reference(API_VERSION, "TrainingRun", resolved.run, resolved.run_uid)
+
+
+def reference(api_version: str, kind: str, name: str, uid: str) -> dict[str, Any]:
+    """An ownerReference: the object goes when its owner goes."""
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "name": name,
+        "uid": uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }

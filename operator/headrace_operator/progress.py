@@ -1,0 +1,165 @@
+"""Where pods report how far they are: ``POST`` of a ``Progress`` with the pod's own token.
+
+The token is a projected one: bound to its pod, and to this endpoint as its audience. The API server says whose it is
+(TokenReview); the pod's labels say which attempt that is. So a pod can report for its own attempt and no other.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+from pydantic import ValidationError
+
+from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, Progress
+from headrace_operator.cluster import Cluster, RunKey
+from headrace_operator.kube import ApiError, Kube, Raw, path
+from headrace_operator.metrics import PROGRESS_REPORTS
+from headrace_operator.records import PodRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 * 1024
+_KNOWN_SECONDS, _REFUSED_SECONDS = 60.0, 5.0
+"""How long the API server's answer about a token is believed."""
+_POD_NAME = "authentication.kubernetes.io/pod-name"
+_POD_UID = "authentication.kubernetes.io/pod-uid"
+_ACCOUNT = "system:serviceaccount:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodIdentity:
+    """Whom a token was given to."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+class Refusal(Exception):
+    """A report that is not taken.
+
+    Attributes:
+        status: the HTTP status.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def identity(review: Raw) -> PodIdentity:
+    """Whom a TokenReview says that the token was given to.
+
+    Raises:
+        Refusal: nobody, for another audience, or not to a pod.
+    """
+    status = review.get("status", {})
+    if not status.get("authenticated"):
+        raise Refusal(401, f"the token is not valid: {status.get('error') or 'not authenticated'}")
+    if TOKEN_AUDIENCE not in status.get("audiences", []):
+        raise Refusal(401, f"the token is not for the audience {TOKEN_AUDIENCE}")
+    user = status.get("user", {})
+    extra = user.get("extra", {})
+    if not user.get("username", "").startswith(_ACCOUNT) or not extra.get(_POD_NAME) or not extra.get(_POD_UID):
+        raise Refusal(403, "the token is not bound to a pod")
+    namespace = user["username"].removeprefix(_ACCOUNT).split(":")[0]
+    return PodIdentity(namespace=namespace, name=extra[_POD_NAME][0], uid=extra[_POD_UID][0])
+
+
+def check(who: PodIdentity, pod: PodRecord | None, report: Progress) -> RunKey:
+    """The run that a report is about.
+
+    Raises:
+        Refusal: the pod is not one that may make this report.
+    """
+    if pod is None or pod.uid != who.uid:
+        raise Refusal(403, f"pod {who.namespace}/{who.name} is not one of a run, or not known yet")
+    if (pod.stage, pod.attempt) != (report.stage, report.attempt):
+        mine, told = f"{pod.stage} attempt {pod.attempt}", f"{report.stage} attempt {report.attempt}"
+        raise Refusal(403, f"pod {who.namespace}/{who.name} is of {mine} and may not report for {told}")
+    if pod.index != 0:
+        raise Refusal(403, f"pod {who.namespace}/{who.name} has index {pod.index}; only index 0 reports")
+    return RunKey(pod.namespace, pod.run)
+
+
+class TokenReviews:
+    """Asks the API server whose a token is, and remembers the answer for a while."""
+
+    def __init__(self, kube: Kube, *, keep: int = 20_000, at_once: int = 16) -> None:
+        self._kube, self._keep = kube, keep
+        self._known: OrderedDict[bytes, tuple[float, PodIdentity | Refusal]] = OrderedDict()
+        self._slots = asyncio.Semaphore(at_once)
+
+    async def identity(self, token: str) -> PodIdentity:
+        """Whom a token was given to.
+
+        Raises:
+            Refusal: it is not a good one, or the API server does not answer (503).
+        """
+        digest, now = hashlib.sha256(token.encode()).digest(), asyncio.get_running_loop().time()
+        known = self._known.get(digest)
+        if known is None or known[0] < now:
+            answer = await self._ask(token)
+            known = (now + (_REFUSED_SECONDS if isinstance(answer, Refusal) else _KNOWN_SECONDS), answer)
+            self._known[digest] = known
+            self._known.move_to_end(digest)
+            if len(self._known) > self._keep:
+                self._known.popitem(last=False)
+        if isinstance(known[1], Refusal):
+            raise known[1]
+        return known[1]
+
+    async def _ask(self, token: str) -> PodIdentity | Refusal:
+        kind = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview"}
+        spec = {"token": token, "audiences": [TOKEN_AUDIENCE]}
+        try:
+            async with self._slots:
+                review = await self._kube.request("POST", path("TokenReview"), body={**kind, "spec": spec})
+            return identity(review)
+        except Refusal as refusal:
+            return refusal
+        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+            logger.warning("TokenReview: %s", error or type(error).__name__)
+            raise Refusal(503, "the API server could not say whose token this is; report again later") from error
+
+
+class ProgressEndpoint:
+    """The HTTP handler."""
+
+    def __init__(
+        self, reviews: TokenReviews, *, cluster: Cluster, notify: Callable[[RunKey], None], leads: Callable[[], bool]
+    ) -> None:
+        self._reviews, self._cluster, self._notify, self._leads = reviews, cluster, notify, leads
+
+    def add_to(self, app: web.Application) -> None:
+        """Serve at ``PROGRESS_PATH``."""
+        app.router.add_post(PROGRESS_PATH, self._post)
+
+    async def _post(self, request: web.Request) -> web.Response:
+        try:
+            await self._take(request)
+        except Refusal as refusal:
+            PROGRESS_REPORTS.labels(code=str(refusal.status)).inc()
+            return web.json_response({"error": str(refusal)}, status=refusal.status)
+        PROGRESS_REPORTS.labels(code="204").inc()
+        return web.Response(status=204)
+
+    async def _take(self, request: web.Request) -> None:
+        if not self._leads():
+            raise Refusal(503, "this replica does not lead; report again later")
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Refusal(401, "no bearer token in the Authorization header")
+        who = await self._reviews.identity(token.strip())
+        try:
+            report = Progress.model_validate_json(await request.read())
+        except ValidationError as error:
+            raise Refusal(400, f"not a progress report: {error}") from error
+        key = check(who, self._cluster.pods.get(who.namespace, who.name), report)
+        self._cluster.progress.put(key, report)
+        self._notify(key)

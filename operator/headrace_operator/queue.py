@@ -1,0 +1,163 @@
+"""One work queue for all runs: a key waits in it at most once, and is worked on by one worker at a time.
+
+In: keys from watches, from the progress endpoint, and from their own deadlines. Out: calls of ``work``. A key that is
+added while it is worked on is worked on again; one whose work raises comes back later, twice as late each time.
+"""
+
+import asyncio
+import heapq
+import logging
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_SECONDS = 0.5
+_LONGEST_BACKOFF_SECONDS = 60.0
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Retry(Exception):
+    """Work that could not be done now, for a known reason; it comes back after a while."""
+
+
+def backoff_seconds(failures: int, *, jitter: float) -> float:
+    """How long to wait after so many failures in a row.
+
+    Args:
+        failures: at least 1.
+        jitter: between 0 and 1; spreads keys that failed together over half of the wait.
+    """
+    longest = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20), _LONGEST_BACKOFF_SECONDS)
+    return longest * (1 - jitter / 2)
+
+
+class Deadlines(Generic[K]):
+    """When each key is due; the earliest time of a key counts."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, K]] = []
+        self._due: dict[K, float] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def set(self, key: K, at: float) -> None:
+        """Make a key due at a time, unless it is due earlier."""
+        if at < self._due.get(key, float("inf")):
+            self._due[key] = at
+            self._count += 1
+            heapq.heappush(self._heap, (at, self._count, key))
+
+    def clear(self, key: K) -> None:
+        """Forget a key."""
+        self._due.pop(key, None)
+
+    def next(self) -> float | None:
+        """When the first key is due."""
+        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def pop(self, now: float) -> list[K]:
+        """Take the keys that are due."""
+        due: list[K] = []
+        while (at := self.next()) is not None and at <= now:
+            due.append(heapq.heappop(self._heap)[2])
+            self.clear(due[-1])
+        return due
+
+
+class WorkQueue(Generic[K]):
+    """Keys to be worked on.
+
+    Args:
+        work: does everything for a key; returns after how many seconds to do it again at the latest, or None.
+    """
+
+    def __init__(self, work: Callable[[K], Awaitable[float | None]]) -> None:
+        self._work = work
+        self._waiting: OrderedDict[K, None] = OrderedDict()
+        self._working: set[K] = set()
+        self._again: set[K] = set()
+        self._failures: Counter[K] = Counter()
+        self._deadlines: Deadlines[K] = Deadlines()
+        self._timer: asyncio.TimerHandle | None = None
+        self._ready = asyncio.Semaphore(0)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_deadlines(self) -> int:
+        """Keys that come back by themselves."""
+        return len(self._deadlines)
+
+    def add(self, key: K) -> None:
+        """Have a key worked on soon."""
+        if key in self._working:
+            self._again.add(key)
+        elif key not in self._waiting:
+            self._waiting[key] = None
+            self._ready.release()
+
+    def add_after(self, key: K, seconds: float) -> None:
+        """Have a key worked on after some time, if nothing brings it back earlier."""
+        self._deadlines.set(key, asyncio.get_running_loop().time() + seconds)
+        self._set_timer()
+
+    async def run(self, *, num_workers: int) -> None:
+        """Work until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as workers:
+                for i in range(num_workers):
+                    workers.create_task(self._serve(), name=f"worker {i}")
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    async def _serve(self) -> None:
+        while True:
+            await self._ready.acquire()
+            key, _ = self._waiting.popitem(last=False)
+            self._working.add(key)
+            self._deadlines.clear(key)
+            try:
+                await self._do(key)
+            finally:
+                self._working.discard(key)
+            if key in self._again:
+                self._again.discard(key)
+                self.add(key)
+
+    async def _do(self, key: K) -> None:
+        try:
+            seconds = await self._work(key)
+        except Exception as error:
+            self._failures[key] += 1
+            seconds = backoff_seconds(self._failures[key], jitter=random.random())
+            unexpected = not isinstance(error, Retry)
+            logger.warning("%s: %s; again in %.1f s", key, error or type(error).__name__, seconds, exc_info=unexpected)
+        else:
+            self._failures.pop(key, None)
+        if seconds is not None:
+            self.add_after(key, seconds)
+
+    def _set_timer(self) -> None:
+        """One timer for all deadlines."""
+        at = self._deadlines.next()
+        if self._timer is not None:
+            if at is not None and not self._timer.cancelled() and self._timer.when() <= at:
+                return
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(at, self._ring) if at is not None else None
+
+    def _ring(self) -> None:
+        self._timer = None
+        for key in self._deadlines.pop(asyncio.get_running_loop().time()):
+            self.add(key)
+        self._set_timer()
