@@ -24,7 +24,16 @@ app = typer.Typer(
     name="headrace", no_args_is_help=True, add_completion=False, help="From raw text to a served language model.",
     pretty_exceptions_enable=False,
 )  # fmt: skip
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+_PLAIN_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)
+
+
+out, err = _console(stderr=False), _console(stderr=True)
 
 Manifest = Annotated[Path, typer.Argument(help="A YAML file with one TrainingRun.", metavar="FILE")]
 Home = Annotated[Path, typer.Option(envvar="HEADRACE_HOME", help="Where local runs keep their state.")]

@@ -44,7 +44,7 @@ class RunView:
         for event in events:
             colour = "red" if event.type == "Warning" else "default"
             self._console.print(f"{datetime.now():%H:%M:%S} [{colour}]{event.reason}[/] ", end="")
-            self._console.print(event.message, markup=False, highlight=False)
+            self._console.print(event.message, markup=False, highlight=False, soft_wrap=True)
         if self._live is not None:
             self._live.update(live_table(run))
         else:
@@ -57,7 +57,7 @@ class RunView:
         if not line or (phase == self._last_line[0] and now - self._last_line[1] < _PLAIN_SECONDS):
             return
         self._last_line = (phase, now)
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_line(status: RunStatus) -> str:
@@ -112,11 +112,10 @@ def seconds_of(status: StageStatus) -> float | None:
 def summary_table(run: TrainingRun) -> Table:
     """The stages of a run: time, what went in and came out, loss and perplexity beside the unigram baseline's."""
     table = Table(title=f"{run.metadata.name}: {run.status.summary}", title_justify="left")
-    for column, justify in (
-        ("stage", "left"), ("kind", "left"), ("state", "left"), ("time", "right"), ("in", "right"), ("out", "right"),
-        ("loss", "right"), ("perplexity", "right"), ("unigram perplexity", "right"),
-    ):  # fmt: skip
-        table.add_column(column, justify="right" if justify == "right" else "left")
+    for column in ("stage", "kind", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("time", "in", "out", "loss", "perplexity", "unigram\nperplexity"):
+        table.add_column(column, justify="right")
     for stage, status in zip(run.spec.stages, run.status.stages, strict=False):
         metrics = status.metrics
         table.add_row(
