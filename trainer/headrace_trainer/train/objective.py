@@ -1,0 +1,67 @@
+"""What is minimized: a batch through a model -> a sum of losses and the number of tokens that it is over.
+
+The loop knows nothing of what a batch holds; an ``Objective`` does. Pretraining is the first; fine-tuning and
+preference losses fit the same seam.
+
+Shapes: B micro-batch, T sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from headrace_trainer.device.megatron import MegatronModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch, the same on the tensor and pipeline ranks of a replica."""
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    """1 where a label counts, else 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Losses of one micro-batch, added up."""
+
+    total: torch.Tensor
+    """Sum over the tokens that count, in nats; gradients start here."""
+    num_tokens: torch.Tensor
+    """Number of tokens that count, int32."""
+
+
+class Objective(Protocol):
+    """One thing to train for."""
+
+    def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
+        """Samples of one micro-batch -> tensors on ``device``; a sample of weight 0 does not count."""
+
+    def forward(self, model: MegatronModule, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
+        """Run this stage of the model; on the last stage its output goes through the function that comes second."""
+
+
+class NextToken:
+    """Predict each token from those before it: the mean negative log-likelihood over all tokens."""
+
+    def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
+        """Shift samples of T + 1 tokens into T inputs and T labels."""
+        sequences = torch.from_numpy(np.stack(samples)).to(device)
+        labels = sequences[:, 1:].contiguous()
+        mask = torch.tensor(weights, device=device)[:, None].expand(labels.shape)
+        return Batch(tokens_BT=sequences[:, :-1].contiguous(), labels_BT=labels, mask_BT=mask)
+
+    def forward(self, model: MegatronModule, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
+        """Token losses of the batch. Attention is causal without a mask; rotary positions need no ids."""
+        positions = torch.arange(batch.tokens_BT.size(1), device=batch.tokens_BT.device).expand_as(batch.tokens_BT)
+        losses_BT = model(batch.tokens_BT, positions, None, labels=batch.labels_BT)
+        return losses_BT, lambda output_BT: _over_tokens(output_BT, batch.mask_BT)
+
+
+def _over_tokens(losses_BT: torch.Tensor, mask_BT: torch.Tensor) -> Loss:
+    return Loss(total=(losses_BT.float() * mask_BT).sum(), num_tokens=mask_BT.sum().to(torch.int32))

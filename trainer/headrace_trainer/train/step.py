@@ -1,0 +1,82 @@
+"""One step: micro-batches -> gradients -> weights, by Megatron's schedules, with pipeline stages or without."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from headrace_trainer.device.megatron import (
+    DistributedDataParallel,
+    MegatronOptimizer,
+    get_forward_backward_func,
+)
+from headrace_trainer.parallel import Gang
+from headrace_trainer.train.objective import Batch, Objective
+from headrace_trainer.train.optimizer import set_rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What this rank's micro-batches add to the gang's loss; zeros on ranks that do not count."""
+
+    loss: float
+    """Sum of token losses, in nats."""
+    num_tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """Runs micro-batches through the model."""
+
+    gang: Gang
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    objective: Objective
+    sequence_length: int
+    micro_batch_size: int
+    weight_decay: float
+
+    def gradients(self, batches: list[Batch]) -> Share:
+        """Gradients of the mean token loss over the global batch, reduced over the gang."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
+
+    def losses(self, batches: list[Batch]) -> Share:
+        """Losses alone; weights and gradients stay as they are."""
+        return self._run(batches, forward_only=True)
+
+    def update(self, learning_rate: float) -> float:
+        """Clip, then step the optimizer.
+
+        Returns:
+            The norm of the whole gradient before clipping.
+        """
+        set_rates(self.optimizer, learning_rate=learning_rate, weight_decay=self.weight_decay)
+        _, grad_norm, _ = self.optimizer.step()
+        return float(grad_norm)
+
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> Share:
+        shares: list[tuple[torch.Tensor, torch.Tensor]] = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+        if not self.gang.counts_loss:
+            return Share(loss=0.0, num_tokens=0.0)
+        return Share(loss=sum(float(loss) for loss, _ in shares), num_tokens=sum(float(n) for _, n in shares))
+
+    def _forward(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
+        output, loss_of = self.objective.forward(model, next(batches))
+
+        def share(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+            loss = loss_of(output)
+            # A copy: the schedule scales the loss that it is given in place.
+            return loss.total, loss.num_tokens, (loss.total.detach().clone(), loss.num_tokens)
+
+        return output, share
