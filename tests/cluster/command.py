@@ -121,14 +121,17 @@ def create() -> None:
     """Build the cluster from nothing, in the order in which its parts need each other."""
     started = time.monotonic()
     RUN.mkdir(parents=True)
-    step("keys and images", lambda: (certificates.create(), images.create()))
+    step("keys", certificates.create)
+    step("images", images.create)
     step("machines", start_machines)
     step("API server", controlplane.start_api_server)
     controlplane.start_controllers()
     controlplane.start_dns()
     secret_key = controlplane.start_s3()
-    step("containerd, kubelet, kube-proxy", lambda: [nodes.start(node) for node in NODES])
-    step("DNS and S3", lambda: (addons.apply(), controlplane.wait_for_dns(), controlplane.wait_for_s3()))
+    step("containerd, kubelet, kube-proxy", start_nodes)
+    step("objects", addons.apply)
+    step("DNS", controlplane.wait_for_dns)
+    step("S3", controlplane.wait_for_s3)
     step("nodes Ready", addons.wait_for_nodes)
     certificates.write_private(CLUSTER_FILE, json.dumps(describe(secret_key), indent=2))
     print(f"up in {time.monotonic() - started:.1f} s: export KUBECONFIG={KUBECONFIG}", flush=True)
@@ -145,6 +148,11 @@ def start_machines() -> None:
     network.connect_control()
     for node in NODES:
         start_node_machine(node)
+
+
+def start_nodes() -> None:
+    for node in NODES:
+        nodes.start(node)
 
 
 def start_node_machine(node: Machine) -> None:

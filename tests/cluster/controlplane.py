@@ -60,7 +60,16 @@ def start_s3() -> str:
     folder = RUN / "s3"
     folder.mkdir(parents=True, exist_ok=True)
     secret_key = secrets.token_urlsafe(30)
-    command = [BIN / "versitygw", "--port", S3_ADDRESS, "--region", S3_REGION, "--quiet", "posix", folder]
+    command: list[str | Path] = [
+        BIN / "versitygw",
+        "--port",
+        S3_ADDRESS,
+        "--region",
+        S3_REGION,
+        "--quiet",
+        "posix",
+        folder,
+    ]
     spawn(CONTROL, "s3", command, env={"ROOT_ACCESS_KEY": S3_ACCESS_KEY, "ROOT_SECRET_KEY": secret_key})
     return secret_key
 
