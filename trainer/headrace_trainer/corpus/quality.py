@@ -25,20 +25,22 @@ RULES = {
 }
 """What datatrove calls a broken rule -> the field that holds its bound."""
 
-_WORDS = re.compile(r"\w+(?:['’]\w+)*|\.{2,}|[^\w\s]")
-
 
 class Words(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
-    """Words, runs of dots, and single signs. Four times as fast as spaCy's rules, and the filter decides alike on prose."""
+    """Words are what stands between white space, as Gopher counts them.
+
+    datatrove's own choice, spaCy, makes each comma a word without letters: code samples and tables then fail
+    ``minAlphabeticWordRatio``, and it is many times as slow.
+    """
 
     def word_tokenize(self, text: str) -> list[str]:
-        return list(_WORDS.findall(text))
+        return text.split()
 
     def sent_tokenize(self, text: str) -> list[str]:
         return text.splitlines()
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        return [match.span() for match in _WORDS.finditer(text)]
+        return [match.span() for match in re.finditer(r"\S+", text)]
 
 
 class QualityJudge:

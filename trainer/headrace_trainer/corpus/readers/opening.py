@@ -28,6 +28,10 @@ _DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
 }
 
 
+def _decompressed(raw: IO[bytes], *, suffix: str) -> Any:
+    return _DECOMPRESSORS[suffix](raw) if suffix in _DECOMPRESSORS else raw
+
+
 class _Checked(io.RawIOBase):
     """Turns every way in which decompressors fail into a ``UserError``.
 
@@ -36,7 +40,7 @@ class _Checked(io.RawIOBase):
 
     def __init__(self, path: Path, address: str) -> None:
         self._raw = path.open("rb")
-        self._stream = _DECOMPRESSORS.get(path.suffix.lower(), lambda raw: raw)(self._raw)
+        self._stream = _decompressed(self._raw, suffix=path.suffix.lower())
         self._address = address
 
     def readable(self) -> bool:
