@@ -9,7 +9,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import HashStore  # type: ignore[attr-defined]
 
 from headrace_api.parallelism import Layout
 from headrace_trainer import device
@@ -46,7 +45,7 @@ def _start_torch(layout: Layout, *, rank: int, local_rank: int) -> None:
     if device.has_cuda():
         torch.cuda.set_device(local_rank)
     # A single rank needs no address to meet at.
-    store = HashStore() if layout.world == 1 else None
+    store = dist.HashStore() if layout.world == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         device.collective_backend(), store=store, rank=rank, world_size=layout.world, timeout=_TIMEOUT
     )
