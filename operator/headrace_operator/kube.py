@@ -104,6 +104,17 @@ class Kube:
         configuration.connection_pool_maxsize = pool_size
         return cls(client.ApiClient(configuration))
 
+    @property
+    def configuration(self) -> client.Configuration:
+        """Where the API server is, and the files that identify this client."""
+        configuration = self._api.configuration
+        assert isinstance(configuration, client.Configuration)
+        return configuration
+
+    async def authorization(self) -> str:
+        """The Authorization header, as ``Bearer ...``; empty where a certificate identifies this client."""
+        return await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization") or ""
+
     async def close(self) -> None:
         """Close all connections."""
         await self._api.close()  # type: ignore[no-untyped-call]

@@ -108,15 +108,12 @@ class Operator:
 
     async def _watch_runs(self) -> None:
         before = asyncio.all_tasks()
-        handlers = watch.registry(self._runs, notify=self._queue.add, forget=self._forget)
+        handlers = watch.registry(self._kube, runs=self._runs, notify=self._queue.add, forget=self._reconciler.forget)
         tasks = await kopf.spawn_tasks(
             registry=handlers, settings=watch.settings(), standalone=True, clusterwide=True, stop_flag=self._stop
         )
         self._listen_to_signals()  # kopf has taken them
         await kopf.run_tasks(tasks, ignored=before)
-
-    def _forget(self, key: RunKey) -> None:
-        self._reconciler.forget(key)
 
     async def _serve(self) -> web.AppRunner:
         reviews = TokenReviews(self._kube)

@@ -1,4 +1,4 @@
-"""Where pods report how far they are: ``POST`` of a ``Progress`` with the pod's own token.
+"""Where pods report how far they are: ``POST`` of a ``ProgressReport`` with the pod's own token.
 
 The token is a projected one: bound to its pod, and to this endpoint as its audience. The API server says whose it is
 (TokenReview); the pod's labels say which attempt that is. So a pod can report for its own attempt and no other.
@@ -15,7 +15,7 @@ import aiohttp
 from aiohttp import web
 from pydantic import ValidationError
 
-from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, Progress
+from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, ProgressReport
 from headrace_operator.cluster import Cluster, RunKey
 from headrace_operator.kube import ApiError, Kube, Raw, path
 from headrace_operator.metrics import PROGRESS_REPORTS
@@ -71,7 +71,7 @@ def identity(review: Raw) -> PodIdentity:
     return PodIdentity(namespace=namespace, name=extra[_POD_NAME][0], uid=extra[_POD_UID][0])
 
 
-def check(who: PodIdentity, pod: PodRecord | None, report: Progress) -> RunKey:
+def check(who: PodIdentity, pod: PodRecord | None, report: ProgressReport) -> RunKey:
     """The run that a report is about.
 
     Raises:
@@ -79,12 +79,17 @@ def check(who: PodIdentity, pod: PodRecord | None, report: Progress) -> RunKey:
     """
     if pod is None or pod.uid != who.uid:
         raise Refusal(403, f"pod {who.namespace}/{who.name} is not one of a run, or not known yet")
-    if (pod.stage, pod.attempt) != (report.stage, report.attempt):
-        mine, told = f"{pod.stage} attempt {pod.attempt}", f"{report.stage} attempt {report.attempt}"
+    mine = _attempt(pod.namespace, pod.run, pod.stage, pod.attempt)
+    told = _attempt(report.namespace, report.run, report.progress.stage, report.progress.attempt)
+    if mine != told:
         raise Refusal(403, f"pod {who.namespace}/{who.name} is of {mine} and may not report for {told}")
     if pod.index != 0:
         raise Refusal(403, f"pod {who.namespace}/{who.name} has index {pod.index}; only index 0 reports")
     return RunKey(pod.namespace, pod.run)
+
+
+def _attempt(namespace: str, run: str, stage: str, number: int) -> str:
+    return f"run {namespace}/{run}, stage {stage}, attempt {number}"
 
 
 class TokenReviews:
@@ -157,9 +162,9 @@ class ProgressEndpoint:
             raise Refusal(401, "no bearer token in the Authorization header")
         who = await self._reviews.identity(token.strip())
         try:
-            report = Progress.model_validate_json(await request.read())
+            report = ProgressReport.model_validate_json(await request.read())
         except ValidationError as error:
             raise Refusal(400, f"not a progress report: {error}") from error
         key = check(who, self._cluster.pods.get(who.namespace, who.name), report)
-        self._cluster.progress.put(key, report)
+        self._cluster.progress.put(key, report.progress)
         self._notify(key)

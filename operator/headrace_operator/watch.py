@@ -177,9 +177,13 @@ def _sink(cache: Cache[R], record: Callable[[Raw], R], notify: Notify) -> CacheS
     return CacheSink(cache=cache, record=record, notify=notify)
 
 
-def registry(runs: Runs, *, notify: Notify, forget: Notify) -> kopf.OperatorRegistry:
-    """kopf's handlers: the one on TrainingRun events, and nothing else."""
+def registry(kube: Kube, *, runs: Runs, notify: Notify, forget: Notify) -> kopf.OperatorRegistry:
+    """kopf's handlers: a login like ours, and the one on TrainingRun events."""
     handlers = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=handlers)
+    async def log_in(**_: Any) -> kopf.ConnectionInfo:
+        return await _connection(kube)
 
     @kopf.on.event(GROUP, VERSION, "trainingruns", registry=handlers)
     async def on_run(event: Any, **_: Any) -> None:
@@ -191,6 +195,21 @@ def registry(runs: Runs, *, notify: Notify, forget: Notify) -> kopf.OperatorRegi
             notify(key_of(raw))
 
     return handlers
+
+
+async def _connection(kube: Kube) -> kopf.ConnectionInfo:
+    """What kopf needs to speak to the same API server as the same user; it asks again when a token has expired."""
+    configuration = kube.configuration
+    scheme, _, token = (await kube.authorization()).rpartition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        scheme=scheme.capitalize() or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+    )
 
 
 def settings() -> kopf.OperatorSettings:

@@ -45,7 +45,7 @@ def _defaults(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "env": [{"name": "HOME", "value": "/tmp"}, {"name": "OMP_NUM_THREADS", "value": str(_threads(resolved))}],
+        "env": [{"name": "HOME", "value": "/tmp"}, *_threads(resolved)],
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}],
     }
     spec = {
@@ -113,11 +113,13 @@ def _resources(resolved: ResolvedStage) -> dict[str, Any]:
     return {k: v for k, v in (("requests", requests), ("limits", limits)) if v}
 
 
-def _threads(resolved: ResolvedStage) -> int:
-    """Threads of one rank: its part of the pod's processors."""
-    cpu = resolved.stage.compute.cpu or "1"
+def _threads(resolved: ResolvedStage) -> list[dict[str, Any]]:
+    """One rank's part of the pod's processors; where no number is asked for, the agent counts what it finds."""
+    cpu = resolved.stage.compute.cpu
+    if cpu is None:
+        return []
     cores = Decimal(cpu[:-1]) / 1000 if cpu.endswith("m") else Decimal(cpu)
-    return max(1, int(cores / resolved.stage.compute.ranks))
+    return [{"name": "OMP_NUM_THREADS", "value": str(max(1, int(cores / resolved.stage.compute.ranks)))}]
 
 
 def _tolerate(taint: str) -> dict[str, Any]:
