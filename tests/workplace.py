@@ -1,0 +1,155 @@
+"""A folder with real text and a manifest, and the command line as users start it."""
+
+import copy
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+HEADRACE = Path(sys.executable).parent / "headrace"
+
+STAGES: dict[str, dict[str, Any]] = {
+    "corpus": {
+        "corpus": {
+            "sources": [{"uri": "raw"}],
+            "quality": {
+                "minWords": 20,
+                "minAlphabeticWordRatio": 0.5,
+                "maxSymbolToWordRatio": 1.0,
+                "maxBulletLineRatio": 1.0,
+            },
+        }
+    },
+    "tok": {"tokenizer": {"from": {"corpus": "corpus"}, "vocabSize": 512}},
+    "tokens": {"shards": {"from": {"corpus": "corpus", "tokenizer": "tok"}, "validationRatio": 0.1}},
+    "base": {
+        "compute": {"ranksPerNode": 2},
+        "pretrain": {
+            "from": {"shards": "tokens"},
+            "model": {"layers": 2, "hiddenSize": 32, "heads": 4, "kvHeads": 2, "ffnHiddenSize": 64},
+            "tokens": 40 * 8 * 32,
+            "sequenceLength": 32,
+            "globalBatchSize": 8,
+            "microBatchSize": 4,
+            "precision": "fp32",
+            "parallelism": {"tensor": 2},
+            "schedule": {"learningRate": 1e-2, "warmup": 4},
+            "checkpoint": {"every": 5, "keep": 2},
+            "validation": {"every": 20, "samples": 4},
+        },
+    },
+    "eval": {"evaluate": {"from": {"model": "base", "shards": "tokens"}, "maxTokens": 2000}},
+    "ship": {"export": {"from": {"model": "base"}}},
+    "serve": {"deploy": {"from": {"model": "ship"}}},
+}
+
+
+@dataclass
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Workplace:
+    """A folder with raw text and a manifest, and the commands on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {"OMP_NUM_THREADS": "1"}
+
+    def write_text(self, *, repeat: int = 1) -> None:
+        """Python's language reference, topic by topic: real prose that comes with every Python."""
+        raw = self.folder / "raw"
+        raw.mkdir(exist_ok=True)
+        for name, text in pydoc_data.topics.topics.items():
+            (raw / f"{name.replace('/', '-')}.txt").write_text(text * repeat)
+
+    def manifest(self, *stages: str, edit: Callable[[dict[str, Any]], None] | None = None, **spec: Any) -> Path:
+        """Write a manifest with the named stages; ``edit`` changes them by name.
+
+        A name may have a suffix: ``base-killed`` is the stage ``base`` under another name.
+        """
+        named = {n: {"name": n, **copy.deepcopy(STAGES[n.partition("-")[0]])} for n in stages}
+        if edit is not None:
+            edit(named)
+        spec = {"restartPolicy": {"maxInfraRestarts": 0}, **spec, "stages": list(named.values())}
+        path = self.folder / "run.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "headrace.dev/v1alpha1",
+                    "kind": "TrainingRun",
+                    "metadata": {"name": "small"},
+                    "spec": spec,
+                }
+            )
+        )
+        return path
+
+    def __call__(self, *words: str, timeout: float = 240) -> Done:
+        """Run ``headrace WORDS --home HOME``."""
+        command = [str(HEADRACE), *words, *([] if words[0] == "validate" else ["--home", str(self.home)])]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.env, timeout=timeout)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def start(self) -> "subprocess.Popen[str]":
+        """``headrace run run.yaml`` in the background."""
+        command = [str(HEADRACE), "run", "run.yaml", "--home", str(self.home)]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def status(self) -> dict[str, Any]:
+        """``status.json``."""
+        try:
+            return json.loads((self.home / "runs/small/status.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """One stage's status."""
+        return next((s for s in self.status().get("stages", []) if s["name"] == name), {})
+
+    def artifact(self, stage: str) -> Path:
+        """A stage's folder in the default storage."""
+        return self.home / "runs/small/artifacts" / stage
+
+    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 120) -> None:
+        """Poll until a condition holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not in {seconds} s; status: {json.dumps(self.status())[:2000]}"
+            time.sleep(0.05)
+
+    def step(self, stage: str) -> int:
+        """The step that a running pretrain stage has reported; -1 while another stage runs."""
+        status = self.status()
+        return int(status.get("step", "0").split("/")[0]) if status.get("stage") == stage else -1
+
+    def losses(self, stage: str) -> list[str]:
+        """The loss of every step of a finished pretrain stage, bit for bit."""
+        lines = (self.artifact(stage) / "history.jsonl").read_text().splitlines()
+        return [row["loss_hex"] for row in map(json.loads, lines)]
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that belongs to this home's attempts."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if str(self.home) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
