@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from trainer.megatron.gangs import TP1, TP2, Run, train
 
 from headrace_trainer.checkpoint.manifest import folder_name, newest_first
+from trainer.megatron.gangs import TP1, TP2, Run, train
 
 
 def trained(folder: Path, **changes: object) -> Run:

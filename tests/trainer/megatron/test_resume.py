@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from trainer.megatron.gangs import DP2, PP2, TP1, TP2, TP2_PP2, Ended, Run, gang, losses, train, train_rank
 
 STEPS, EVERY = 14, 4

@@ -8,11 +8,12 @@ import torch
 
 from headrace_trainer.device.megatron import (
     DistributedDataParallel,
+    MegatronModule,
     MegatronOptimizer,
     get_forward_backward_func,
 )
 from headrace_trainer.parallel import Gang
-from headrace_trainer.train.objective import Batch, Objective
+from headrace_trainer.train.objective import Batch, Loss, Objective
 from headrace_trainer.train.optimizer import set_rates
 
 
@@ -58,25 +59,57 @@ class Stepper:
         return float(grad_norm)
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> Share:
-        shares: list[tuple[torch.Tensor, torch.Tensor]] = get_forward_backward_func()(
-            forward_step_func=self._forward,
-            data_iterator=iter(batches),
-            model=[self.model],
-            num_microbatches=len(batches),
-            seq_length=self.sequence_length,
+        return run_batches(
+            self.model,
+            batches,
+            gang=self.gang,
+            objective=self.objective,
+            sequence_length=self.sequence_length,
             micro_batch_size=self.micro_batch_size,
             forward_only=forward_only,
         )
-        if not self.gang.counts_loss:
-            return Share(loss=0.0, num_tokens=0.0)
-        return Share(loss=sum(float(loss) for loss, _ in shares), num_tokens=sum(float(n) for _, n in shares))
 
-    def _forward(self, batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
-        output, loss_of = self.objective.forward(model, next(batches))
 
-        def share(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-            loss = loss_of(output)
-            # A copy: the schedule scales the loss that it is given in place.
-            return loss.total, loss.num_tokens, (loss.total.detach().clone(), loss.num_tokens)
+def run_batches(
+    model: MegatronModule,
+    batches: list[Batch],
+    *,
+    gang: Gang,
+    objective: Objective,
+    sequence_length: int,
+    micro_batch_size: int,
+    forward_only: bool = True,
+) -> Share:
+    """Take micro-batches through all pipeline stages. Every rank calls with the same number of them.
 
-        return output, share
+    Args:
+        model: this rank's part; wrapped for training unless ``forward_only``.
+        batches: this replica's micro-batches.
+        gang: this rank's place.
+        objective: what a batch means.
+        sequence_length: tokens in a sample.
+        micro_batch_size: samples in a micro-batch.
+        forward_only: whether gradients are left out.
+    """
+
+    def forward(batches: Iterator[Batch], model: MegatronModule) -> tuple[Any, Callable[..., Any]]:
+        output, loss_of = objective.forward(model, next(batches))
+        return output, lambda output: _with_copy(loss_of(output))
+
+    shares: list[tuple[torch.Tensor, torch.Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not gang.counts_loss:
+        return Share(loss=0.0, num_tokens=0.0)
+    return Share(loss=sum(float(loss) for loss, _ in shares), num_tokens=sum(float(n) for _, n in shares))
+
+
+def _with_copy(loss: Loss) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """What the schedule wants; it scales the loss that it is given in place, so the one that is reported is a copy."""
+    return loss.total, loss.num_tokens, (loss.total.detach().clone(), loss.num_tokens)
