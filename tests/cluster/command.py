@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
         if name == "fail-node":
             command.add_argument("node", choices=[node.name for node in NODES])
     options = parser.parse_args(arguments)
+    os.umask(0o022)  # pods run as another user and must be able to read what their mounts pass through
     if os.environ.get(OTHER_CLUSTER):
         print(f"{OTHER_CLUSTER} is set: tests use that cluster, `{options.command}` has nothing to do here")
         return 0
@@ -204,6 +205,7 @@ def down() -> int:
     with lock():
         started = time.monotonic()
         remove()
+        leftovers.wait_for_processes()
         left = leftovers.find()
         BEFORE_FILE.unlink(missing_ok=True)
     if left:
@@ -258,7 +260,7 @@ def require_root() -> None:
 
 def refuse_foreign_network() -> None:
     """The addresses are fixed, so one machine holds one such cluster, whichever checkout it came from."""
-    if succeeds(["ip", "link", "show", HOST_LINK]):
+    if network.is_connected():
         raise ClusterError(f"interface {HOST_LINK} exists: another checkout's cluster is up; take it down first")
 
 

@@ -1,12 +1,14 @@
 """Proves that `down` leaves the machine as `up` found it: everything a cluster could leave behind, listed before and after."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cluster import cgroups
-from cluster.host import run
+from cluster.host import ClusterError, run, wait_until
 from cluster.layout import BEFORE_FILE, BIN, CLUSTER_FILE, HERE, KUBECONFIG, LOGS, RUN
 from cluster.packages import SEARCH_PATH
 
@@ -28,19 +30,36 @@ PATHS = (
 
 
 def remember() -> None:
-    """Write down how the machine looks now, and the settings to restore."""
-    BEFORE_FILE.write_text(json.dumps({"sysctls": read_sysctls(), "seen": snapshot()}, indent=2))
+    """Write down how the machine looks now, unless a run that never came down did so since the last boot."""
+    if not remembered():
+        facts = {"boot": boot_id(), "sysctls": read_sysctls(), "seen": snapshot()}
+        BEFORE_FILE.write_text(json.dumps(facts, indent=2))
+
+
+def remembered() -> dict[str, Any]:
+    """What `remember` wrote since the machine's last boot; empty if nothing."""
+    facts = json.loads(BEFORE_FILE.read_text()) if BEFORE_FILE.exists() else {}
+    return facts if facts.get("boot") == boot_id() else {}
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def restore_sysctls() -> None:
-    if BEFORE_FILE.exists():
-        for name, value in json.loads(BEFORE_FILE.read_text())["sysctls"].items():
-            sysctl_file(name).write_text(value)
+    for name, value in remembered().get("sysctls", {}).items():
+        sysctl_file(name).write_text(value)
+
+
+def wait_for_processes() -> None:
+    """Give commands that outlived a killed `up` a moment to end by themselves."""
+    with contextlib.suppress(ClusterError):
+        wait_until(lambda: not processes(), "the end of the cluster's processes", timeout_seconds=10)
 
 
 def find() -> list[str]:
     """What is here now and was not before `up`, one line each; and what was lost."""
-    before = json.loads(BEFORE_FILE.read_text())["seen"] if BEFORE_FILE.exists() else {}
+    before = remembered().get("seen", {})
     found: list[str] = []
     for kind, now in snapshot().items():
         then = set(before.get(kind, now))

@@ -8,7 +8,7 @@ import json
 from ipaddress import ip_network
 from pathlib import Path
 
-from cluster.host import run, succeeds
+from cluster.host import run, succeeds, wait_until
 from cluster.layout import CONTROL, HOST_ADDRESS, HOST_LINK, NODES, POD_CIDR, PREFIX_LENGTH, SERVICE_CIDR, Machine
 from cluster.machines import enter, holder_pid
 
@@ -54,9 +54,14 @@ def connect_node(node: Machine) -> None:
 
 
 def disconnect() -> None:
-    """Remove the host's end, in case a kernel still holds it; it normally vanishes with the control machine."""
-    if succeeds(["ip", "link", "show", HOST_LINK]):
-        run(["ip", "link", "delete", HOST_LINK])
+    """Remove the host's end. It also vanishes with the control machine, but a moment later and by the kernel's own hand."""
+    succeeds(["ip", "link", "delete", HOST_LINK])
+    wait_until(lambda: not is_connected(), f"the removal of interface {HOST_LINK}", timeout_seconds=20)
+
+
+def is_connected() -> bool:
+    """Whether the host is on a cluster's segment."""
+    return succeeds(["ip", "link", "show", HOST_LINK])
 
 
 def write_cni(node: Machine) -> None:

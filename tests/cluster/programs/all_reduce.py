@@ -1,6 +1,5 @@
 """One rank of an all-reduce over gloo: prints the sum of all ranks' numbers. Run by torchrun in test_cluster.py."""
 
-import os
 import socket
 import sys
 
@@ -18,6 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # A pod's name resolves to its own address; gloo must not fall back to the loopback of /etc/hosts.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "eth0")
     main()
