@@ -61,5 +61,5 @@ def render(module_name: str) -> bytes | None:
             page = writer.page(f"module {module_name}", writer.document(importlib.import_module(module_name)))
     except (ImportError, OSError):
         return None
-    # Addresses of objects differ from run to run.
-    return _ADDRESS.sub("0x0", page).encode("utf-8", "ignore")
+    # Addresses of objects differ from run to run; and pydoc keeps prose on its lines with spaces that do not break.
+    return _ADDRESS.sub("0x0", page).replace("&nbsp;", " ").encode("utf-8", "ignore")

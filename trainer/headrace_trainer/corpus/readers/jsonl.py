@@ -33,7 +33,7 @@ def _record(line: str, *, number: int, file: SourceFile) -> Record:
     text, url = value[file.text_field], value.get("url")
     if not isinstance(text, str | None):
         raise UserError(
-            f"{file.address}:{number}: field {file.text_field!r} is a {type(text).__name__}, not a text; "
+            f"{file.address}:{number}: field {file.text_field!r} holds {type(text).__name__}, not text; "
             "set the source's textField to the one that holds the text"
         )
     return Record(number=number, text=text or "", url=url if isinstance(url, str) else None)
