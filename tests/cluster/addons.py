@@ -1,45 +1,51 @@
 """The objects a fresh cluster needs before anybody uses it: CoreDNS' rights, and the Service that makes it reachable."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 
 from cluster.host import run, succeeds, wait_until
-from cluster.layout import BIN, CONTROL, DNS_SERVICE_ADDRESS, KUBECONFIG, NODES, Machine
+from cluster.layout import BIN, CONTROL, DNS_SERVICE_ADDRESS, KUBECONFIG, RUN, Machine
+from cluster.machines import log_path
 
-KUBECTL = (str(BIN / "kubectl"), "--kubeconfig", str(KUBECONFIG))
+# A cache of its own: nothing is to stay in the caller's home folder.
+KUBECTL = (str(BIN / "kubectl"), "--kubeconfig", str(KUBECONFIG), "--cache-dir", str(RUN / "kubectl-cache"))
 DNS_PORTS = ({"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns-tcp", "port": 53, "protocol": "TCP"})
 RBAC = "rbac.authorization.k8s.io"
 
 
 def apply() -> None:
-    wait_until(
-        lambda: succeeds([*KUBECTL, "get", "namespace", "kube-system"]), "namespace kube-system", timeout_seconds=20
-    )
+    namespace = [*KUBECTL, "get", "namespace", "kube-system"]
+    wait_until(partial(succeeds, namespace), "namespace kube-system", timeout_seconds=20)
     objects = [dns_role(), dns_role_binding(), dns_service(), dns_endpoints()]
     run([*KUBECTL, "apply", "-f", "-"], stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
 
 
-def wait_for_nodes() -> None:
-    """Returns when every node is Ready and pods may be created in namespace default."""
-    names = [f"node/{node.name}" for node in NODES]
-    wait_until(lambda: succeeds([*KUBECTL, "get", *names]), "the nodes' registration", timeout_seconds=60)
-    run([*KUBECTL, "wait", "--for=condition=Ready", "--timeout=90s", *names])
-    wait_until(
-        lambda: succeeds([*KUBECTL, "get", "serviceaccount", "default"]),
-        "the default ServiceAccount",
-        timeout_seconds=30,
-    )
-
-
-def wait_for_reboot(node: Machine, *, since: datetime) -> None:
-    """Returns when the node's new kubelet has called it Ready; what the old one said still stands until then."""
-    wait_until(lambda: is_ready(node, since=since), f"{node.name} to be Ready again", timeout_seconds=90)
+def wait_for_nodes(nodes: Sequence[Machine], *, since: datetime) -> None:
+    """Returns when each node's kubelet has called it Ready after `since`; what an earlier kubelet said does not count."""
+    for node in nodes:
+        log = log_path(node, "kubelet")
+        wait_until(partial(is_ready, node, since=since), f"{node.name} to be Ready", timeout_seconds=90, log=log)
 
 
 def is_ready(node: Machine, *, since: datetime) -> bool:
-    status = json.loads(run([*KUBECTL, "get", "node", node.name, "-o", "json"]))["status"]
-    ready = next(condition for condition in status["conditions"] if condition["type"] == "Ready")
-    return ready["status"] == "True" and datetime.fromisoformat(ready["lastHeartbeatTime"]) > since
+    document = run([*KUBECTL, "get", "node", node.name, "--ignore-not-found", "-o", "json"])
+    conditions = json.loads(document)["status"]["conditions"] if document else []
+    return any(
+        condition["type"] == "Ready"
+        and condition["status"] == "True"
+        # Kubernetes keeps whole seconds.
+        and datetime.fromisoformat(condition["lastHeartbeatTime"]) >= since.replace(microsecond=0)
+        for condition in conditions
+    )
+
+
+def wait_for_service_account() -> None:
+    """Returns when pods may be created in namespace default."""
+    log = log_path(CONTROL, "kube-controller-manager")
+    account = [*KUBECTL, "get", "serviceaccount", "default"]
+    wait_until(partial(succeeds, account), "the default ServiceAccount", timeout_seconds=30, log=log)
 
 
 def dns_role() -> dict[str, object]:

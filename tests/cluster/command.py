@@ -120,7 +120,7 @@ def up() -> None:
 
 def create() -> None:
     """Build the cluster from nothing, in the order in which its parts need each other."""
-    started = time.monotonic()
+    started, since = time.monotonic(), datetime.now(UTC)
     RUN.mkdir(parents=True)
     step("keys", certificates.create)
     step("images", images.create)
@@ -133,7 +133,8 @@ def create() -> None:
     step("objects", addons.apply)
     step("DNS", controlplane.wait_for_dns)
     step("S3", controlplane.wait_for_s3)
-    step("nodes Ready", addons.wait_for_nodes)
+    step("nodes Ready", lambda: addons.wait_for_nodes(NODES, since=since))
+    addons.wait_for_service_account()
     certificates.write_private(CLUSTER_FILE, json.dumps(describe(secret_key), indent=2))
     print(f"up in {time.monotonic() - started:.1f} s: export KUBECONFIG={KUBECONFIG}", flush=True)
 
@@ -245,8 +246,7 @@ def heal() -> None:
         for node in failed:
             start_node_machine(node)
             nodes.start(node)
-        for node in failed:
-            addons.wait_for_reboot(node, since=started)
+        addons.wait_for_nodes(failed, since=started)
 
 
 def node_named(name: str) -> Machine:

@@ -19,7 +19,7 @@ import pytest
 from cluster import command
 from cluster.host import ClusterError
 from cluster.hostpython import PodPython, host_python, volumes_delete_command
-from cluster.layout import BIN, CLUSTER_FILE, KUBECONFIG, NODES
+from cluster.layout import BIN, CLUSTER_FILE, KUBECONFIG, NODES, RUN
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -129,7 +129,10 @@ class Cluster:
 
 
 def run_checked(words: list[str], stdin: str | None, timeout_seconds: float) -> str:
-    done = subprocess.run(words, input=stdin, text=True, capture_output=True, timeout=timeout_seconds, check=False)
+    environment = {**os.environ, "KUBECACHEDIR": str(RUN / "kubectl-cache")}
+    done = subprocess.run(
+        words, input=stdin, env=environment, text=True, capture_output=True, timeout=timeout_seconds, check=False
+    )
     assert done.returncode == 0, f"`{' '.join(words)}` exited with {done.returncode}: {done.stderr}{done.stdout}"
     return done.stdout
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from cluster import cgroups
 from cluster.host import ClusterError, run, wait_until
-from cluster.layout import BEFORE_FILE, BIN, CLUSTER_FILE, HERE, KUBECONFIG, LOGS, RUN
+from cluster.layout import BEFORE_FILE, CGROUP, CLUSTER_FILE, KUBECONFIG, LOGS, RUN
+from cluster.machines import HOLDER
 from cluster.packages import SEARCH_PATH
 
 # kubelet sets these for the whole host.
@@ -132,19 +133,18 @@ LISTINGS: dict[str, Callable[[], list[str]]] = {
 
 
 def processes() -> list[str]:
-    """Processes that run the cluster's programs or hold its folders."""
-    marks = (str(BIN), str(RUN), str(HERE / "hold.py"))
+    """Processes that name the cluster's folders, or that run in one of its control groups, as containers do."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            words = process_words(entry)
-            if any(mark in words for mark in marks):
+            words = process_file(entry, "cmdline")
+            if str(RUN) in words or HOLDER in words or f"/{CGROUP}/" in process_file(entry, "cgroup"):
                 found.append(f"{entry.name} {words[:200]}")
     return found
 
 
-def process_words(process: Path) -> str:
+def process_file(process: Path, name: str) -> str:
     try:
-        return process.joinpath("cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        return process.joinpath(name).read_bytes().decode(errors="replace").replace("\0", " ")
     except (FileNotFoundError, ProcessLookupError):
         return ""

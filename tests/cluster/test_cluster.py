@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cluster.fixtures import Cluster
 from cluster.hostpython import PodPython
 from cluster.programs import all_reduce
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(180, func_only=True)  # not the fixture: it may have to build the cluster first
 
 AUDIENCE = "headrace-test"
 
@@ -229,6 +230,42 @@ def review_token(cluster: Cluster, token: str, audience: str) -> dict[str, Any]:
     spec = {"token": token, "audiences": [audience]}
     review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
     return dict(json.loads(cluster.kubectl("create", "-f", "-", "-o", "json", stdin=json.dumps(review)))["status"])
+
+
+def test_helm_installs_a_deployment_that_runs_this_python(
+    cluster: Cluster, namespace: str, python: PodPython, tmp_path: Path
+) -> None:
+    write_chart(tmp_path / "chart")
+    command = [
+        python.python,
+        "-c",
+        "import time, headrace_operator, kopf; print('serving', flush=True); time.sleep(600)",
+    ]
+    container = python.container("operator", command)
+    values = {"spec": python.pod_spec(container, restartPolicy="Always", terminationGracePeriodSeconds=0)}
+    (tmp_path / "values.json").write_text(json.dumps(values))
+
+    release = ["demo", str(tmp_path / "chart"), "-n", namespace, "-f", str(tmp_path / "values.json")]
+    cluster.helm("install", *release, "--wait", "--timeout=90s")
+    cluster.wait(
+        lambda: "serving" in cluster.kubectl("logs", "deployment/demo", "-n", namespace), "the operator's line"
+    )
+    cluster.helm("uninstall", "demo", "-n", namespace)
+
+
+def write_chart(folder: Path) -> None:
+    """A chart of one Deployment whose pod comes from the values."""
+    (folder / "templates").mkdir(parents=True)
+    (folder / "Chart.yaml").write_text("apiVersion: v2\nname: demo\nversion: 0.1.0\n")
+    labels = {"app": "demo"}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "demo"},
+        "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": "SPEC"}},
+    }
+    template = json.dumps(deployment).replace('"SPEC"', "{{ .Values.spec | toJson }}")
+    (folder / "templates/deployment.yaml").write_text(template)
 
 
 @pytest.mark.slow
