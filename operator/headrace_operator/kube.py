@@ -22,7 +22,8 @@ FIELD_MANAGER = "headrace"
 _APPLY = "application/apply-patch+yaml"
 _REQUEST_SECONDS = 30.0
 _WATCH_SILENCE_SECONDS = 90.0
-"""Longer than the minute between two bookmarks: a stream that says nothing for so long is dead."""
+"""Longer than the minute between two bookmarks: a stream that says nothing for so long is dead, or of a kind that never
+changes, which gets no bookmarks; both are begun anew."""
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 RESOURCES: dict[str, tuple[str, str]] = {
@@ -176,11 +177,11 @@ class Kube:
                 return
 
     async def watch(self, address: str, *, query: Mapping[str, str], version: str) -> AsyncIterator[Raw]:
-        """Watch events after ``version``, bookmarks among them, until the server ends the stream.
+        """Watch events after ``version``, bookmarks among them, until the server ends the stream or falls silent.
 
         Raises:
             ApiError: the server refused, or sent an ERROR event; 410 means that ``version`` is too old.
-            aiohttp.ClientError, TimeoutError: the connection broke or fell silent.
+            aiohttp.ClientError, TimeoutError: the connection broke.
         """
         wanted = {**query, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_WATCH_SILENCE_SECONDS)
@@ -195,6 +196,8 @@ class Kube:
                     said = event["object"]
                     raise ApiError(said.get("code", 500), said.get("reason", ""), said.get("message", ""))
                 yield event
+        except aiohttp.SocketTimeoutError:
+            return
         finally:
             stream.close()
 
