@@ -1,0 +1,19 @@
+"""The baseline: a model that knows how often each token occurs, and nothing of what stands before it."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def unigram_losses(counts_V: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Negative log-likelihood of each token, in nats, under its frequency in the training split.
+
+    Every count is raised by one, so that a token that was never seen has some probability (Laplace).
+
+    Args:
+        counts_V: how often each id occurs in the training split.
+        tokens: ids, of any shape.
+    """
+    smoothed_V = counts_V.astype(np.float64) + 1.0
+    losses_V = np.log(smoothed_V.sum()) - np.log(smoothed_V)
+    found: NDArray[np.float64] = losses_V[tokens]
+    return found
