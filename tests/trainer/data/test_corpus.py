@@ -97,7 +97,7 @@ def test_the_funnel_says_which_source_lost_how_much_to_what(tmp_path):
     assert [d.text for d in documents] == [prose(0), prose(1), prose(2)]
     dropped = [{r: c["documents"] for r, c in source["dropped"].items()} for source in report["sources"]]
     assert dropped == [
-        {"noText": 1, "languages": 1, "minLanguageScore": 1, "minWords": 1, "dedup": 1},
+        {"noText": 1, "minLanguageScore": 1, "languages": 1, "minWords": 1, "dedup": 1},
         {"maxMeanWordLength": 1, "dedup": 1},
     ]
     assert [source["uri"] for source in report["sources"]] == [str(first), str(second)]

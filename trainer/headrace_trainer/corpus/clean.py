@@ -103,10 +103,10 @@ class Cleaner:
         if not text:
             return "", "noText"
         language, probability = identify(text)
-        if self.config.languages and language not in self.config.languages:
-            return language, "languages"
         if probability < self.config.min_language_score:
             return language, "minLanguageScore"
+        if self.config.languages and language not in self.config.languages:
+            return language, "languages"
         return language, judge.broken_rule(text, language=language)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 REASONS = (
     "noText",
-    "languages",
     "minLanguageScore",
+    "languages",
     "minWords",
     "maxWords",
     "minMeanWordLength",
