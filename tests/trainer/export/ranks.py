@@ -1,0 +1,59 @@
+"""What a rank of a gang does for the export's tests; a module of its own, because ranks import it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainer.megatron.gangs import LENGTH
+
+VOCAB = 400
+PROMPTS = [[1, 2, 3], [7, 300, 12, 9, 250], [399]]
+CONTINUATION = LENGTH - 5
+
+
+def ask_megatron(rank: int, world: int, trained: Path) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Logits of the prompts, and greedy continuations by whole forward passes."""
+    from headrace_api.parallelism import Layout
+    from headrace_trainer.evaluate.losses import load_model
+    from headrace_trainer.model.card import read_card
+    from headrace_trainer.parallel import gang as groups
+
+    card = read_card(trained)
+    with groups(Layout(tensor=world, pipeline=1, data=1), rank=rank, local_rank=rank, local_world=world) as ranks:
+        model = load_model(card, trained, ranks)
+
+        def logits(ids: list[int]) -> torch.Tensor:
+            tokens = torch.tensor([ids])
+            with torch.no_grad():
+                return model(tokens, torch.arange(len(ids))[None], None)[0, :, : card.vocab_size]
+
+        found = [logits(p).numpy() for p in PROMPTS]
+        continued = []
+        for prompt in PROMPTS:
+            ids = list(prompt)
+            for _ in range(CONTINUATION):
+                ids.append(int(logits(ids)[-1].argmax()))
+            continued.append(ids)
+    return found, continued
+
+
+def megatron_loss(rank: int, world: int, trained: Path) -> float:
+    """Mean token loss over fixed windows, by the evaluate stage's own functions."""
+    from headrace_api.parallelism import Layout
+    from headrace_trainer.evaluate.losses import load_model, token_losses
+    from headrace_trainer.model.card import read_card
+    from headrace_trainer.parallel import gang as groups
+
+    card = read_card(trained)
+    with groups(Layout(tensor=1, pipeline=1, data=1), rank=rank) as ranks:
+        model = load_model(card, trained, ranks)
+        losses = token_losses(model, Windows(), gang=ranks, num_windows=20, tell=lambda done: None)
+    return float(losses.mean(dtype=np.float64))
+
+
+class Windows:
+    """Samples for a loss: any tokens do."""
+
+    def sample(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, VOCAB, LENGTH + 1)
