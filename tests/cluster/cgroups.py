@@ -1,6 +1,7 @@
 """The control groups under which kubelets put their pods: made before a kubelet starts, removed by `down`. Versions 1 and 2."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 from cluster.host import wait_until
@@ -49,14 +50,15 @@ def copy_cpuset(folder: Path) -> None:
             file.write_text((folder.parent / name).read_text())
 
 
-def remove() -> None:
-    """Remove every group of the cluster; the kernel lets go of one a moment after its last process."""
-    wait_until(removed, f"the removal of the {CGROUP} control groups", timeout_seconds=20)
+def remove(group: str = CGROUP) -> None:
+    """Remove a group and all below it; the kernel lets go of one a moment after its last process."""
+    wait_until(partial(is_removed, group), f"the removal of the control groups {group}", timeout_seconds=20)
 
 
-def removed() -> bool:
+def is_removed(group: str) -> bool:
+    """Remove what can be removed now; whether that was everything."""
     for hierarchy in hierarchies():
-        top = hierarchy / CGROUP
+        top = hierarchy / group
         folders = [top, *top.rglob("*/")] if top.exists() else []
         for folder in sorted((folder for folder in folders if folder.is_dir()), reverse=True):
             try:

@@ -19,6 +19,7 @@ CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 def start(node: Machine) -> None:
     """Configure and start the node's daemons; it turns Ready some seconds later."""
     network.write_cni(node)
+    cgroups.remove(cgroups.name_of(node.name))  # a reboot forgets the groups of the pods that ran before it
     cgroups.create(node.name)
     start_containerd(node)
     start_kubelet(node)
