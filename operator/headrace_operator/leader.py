@@ -53,8 +53,10 @@ class Leadership:
         while loop.time() - renewed < self._settings.give_up_seconds:
             await asyncio.sleep(self._settings.retry_seconds)
             began = loop.time()
-            if await self._try(patience=renewed + self._settings.give_up_seconds - began):
-                renewed = began
+            claimed = await self._try(patience=renewed + self._settings.give_up_seconds - began)
+            if claimed is False:
+                break
+            renewed = began if claimed else renewed
         logger.error("%s has lost the Lease %s", self._settings.identity, self._settings.name)
 
     async def release(self) -> None:
@@ -66,13 +68,14 @@ class Leadership:
         except _MISSES as error:
             logger.warning("the Lease was not released: %s", error)
 
-    async def _try(self, *, patience: float | None = None) -> bool:
+    async def _try(self, *, patience: float | None = None) -> bool | None:
+        """Whether this replica leads now; None if the API server did not say."""
         try:
             async with asyncio.timeout(patience):
                 return await self._claim()
         except _MISSES as error:
             logger.warning("the Lease %s: %s", self._settings.name, error or type(error).__name__)
-            return False
+            return None
 
     async def _claim(self) -> bool:
         try:

@@ -1,0 +1,284 @@
+"""The operator against a real API server and real controllers, with the chart's permissions; no container runs.
+
+Where a pod has to end, the test writes its status, as a kubelet would.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from builders import STAGES
+
+pytestmark = pytest.mark.slow
+
+Json = dict[str, Any]
+
+RUNTIME = {
+    "apiVersion": "headrace.dev/v1alpha1",
+    "kind": "TrainingRuntime",
+    "metadata": {"name": "test"},
+    "spec": {"trainer": {"image": "trainer:test", "podTemplate": {"spec": {"nodeSelector": {"pool": "gpu"}}}}},
+}
+
+
+def make_run(namespace: str, *stages: str, nodes: int = 1, **spec: Any) -> Json:
+    chosen = [{"name": name, **STAGES[name], "compute": {"nodes": nodes}} for name in stages]
+    fields = {"runtime": "test", "storage": {"uri": "s3://bucket/demo"}, **spec}
+    return {
+        "apiVersion": "headrace.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": "demo", "namespace": namespace},
+        "spec": {**fields, "stages": chosen},
+    }
+
+
+class World:
+    """What a test asks of the control plane, in its namespace."""
+
+    def __init__(self, control_plane: Any, namespace: str, eventually: Callable[..., Any]) -> None:
+        self.plane, self.namespace, self.eventually = control_plane, namespace, eventually
+
+    def objects(self, kinds: str, selector: str = "headrace.dev/run=demo") -> list[Json]:
+        return list(self.plane.get("-n", self.namespace, kinds, "-l", selector)["items"])
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(o["metadata"]["name"] for o in self.objects(kind))
+
+    def run(self) -> Json:
+        return dict(self.plane.get("-n", self.namespace, "trainingrun", "demo"))
+
+    def status(self) -> Json:
+        return dict(self.run().get("status", {}))
+
+    def pods(self, attempt: int) -> list[Json]:
+        return self.objects("pods", f"headrace.dev/run=demo,headrace.dev/attempt={attempt}")
+
+    def pods_of(self, attempt: int, *, count: int) -> list[Json]:
+        self.eventually(lambda: len(self.pods(attempt)) == count)
+        return self.pods(attempt)
+
+    def end_pod(self, pod: Json, *, exit_code: int, last_words: str = "") -> None:
+        """Write the status that a kubelet writes when a container ends."""
+        ended = {
+            "exitCode": exit_code,
+            "message": last_words,
+            "reason": "Error" if exit_code else "Completed",
+            "startedAt": "2026-01-01T00:00:00Z",
+            "finishedAt": "2026-01-01T00:00:01Z",
+        }
+        container = {
+            "name": "trainer",
+            "image": "trainer:test",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "state": {"terminated": ended},
+        }
+        status = {"phase": "Failed" if exit_code else "Succeeded", "containerStatuses": [container]}
+        patch = ["patch", "pod", pod["metadata"]["name"], "--subresource=status", "--type=merge"]
+        self.plane.kubectl("-n", self.namespace, *patch, "-p", json.dumps({"status": status}))
+
+
+@pytest.fixture
+def world(control_plane: Any, namespace: str, operator: Any, eventually: Callable[..., Any]) -> World:
+    control_plane.apply(RUNTIME)
+    return World(control_plane, namespace, eventually)
+
+
+def test_a_run_becomes_a_job_whose_pods_a_restricted_namespace_admits(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
+    pods = world.pods_of(1, count=2)
+    assert world.names("jobs") == world.names("services") == world.names("configmaps") == ["demo-corpus-1"]
+    assert world.names("serviceaccounts") == ["headrace-demo"]
+    assert {p["spec"]["nodeSelector"]["pool"] for p in pods} == {"gpu"}
+    assert {p["spec"]["containers"][0]["command"][2] for p in pods} == {"headrace_trainer.agent"}
+    stage = json.loads(world.objects("configmaps")[0]["data"]["stage.json"])
+    assert (stage["run"], stage["attempt"], stage["outputUri"]) == ("demo", 1, "s3://bucket/demo/corpus")
+    assert world.status()["summary"] == "Running"
+
+
+def test_a_failed_gang_is_restarted_within_its_budget_and_then_fails_with_its_last_words(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus", nodes=2, restartPolicy={"maxInfraRestarts": 1}))
+    words = {"fault": "process", "reason": "RanksFailed", "message": "rank 3 saw no light"}
+    for attempt in (1, 2):
+        for pod in world.pods_of(attempt, count=2):
+            world.end_pod(pod, exit_code=70, last_words=json.dumps(words))
+    status = world.eventually(lambda: (s := world.status()).get("summary") == "Failed" and s)
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert (failed["status"], failed["reason"]) == ("True", "RanksFailed")
+    assert "rank 3 saw no light" in failed["message"]
+    assert status["restarts"] == 1
+    reasons = {e["reason"] for e in world.plane.get("-n", world.namespace, "events.events.k8s.io")["items"]}
+    assert {"AttemptStarted", "AttemptFailed", "StageFailed"} <= reasons
+
+
+def test_a_stage_that_succeeds_hands_its_artifact_to_the_next(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus", "tok"))
+    (pod,) = world.pods_of(1, count=1)
+    world.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32, "metrics": {"documents": 7}}))
+    world.eventually(lambda: "demo-tok-1" in world.names("jobs"))
+    corpus = world.status()["stages"][0]
+    assert (corpus["state"], corpus["metrics"]) == ("Succeeded", {"documents": 7})
+    config = next(c for c in world.objects("configmaps") if c["metadata"]["name"] == "demo-tok-1")
+    assert json.loads(config["data"]["stage.json"])["inputs"]["corpus"]["digest"] == "ab" * 32
+
+
+def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, operator: Any) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
+    world.pods_of(1, count=2)
+    world.eventually(lambda: world.status().get("summary") == "Running")
+
+    def versions() -> dict[str, str]:
+        found = [*world.objects("jobs,services,configmaps,serviceaccounts"), world.run()]
+        return {f"{o['kind']}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for o in found}
+
+    before = versions()
+    assert operator.stop() == 0
+    second = operators("second", port=operator.port)
+    world.eventually(second.leads)
+    seen = 'headrace_operator_watch_events_total{kind="TrainingRun"}'
+    world.eventually(lambda: seen in second.metrics() and "reconcile_duration_seconds_count 0" not in second.metrics())
+    assert versions() == before
+
+
+def test_when_the_leader_dies_another_takes_over_and_only_then(world: World, operators: Any, operator: Any) -> None:
+    second = operators("second")
+    world.eventually(second.metrics)
+    assert not second.leads()
+    operator.stop(gracefully=False)
+    world.eventually(second.leads)
+    world.plane.apply(make_run(world.namespace, "corpus"))
+    world.pods_of(1, count=1)
+
+
+def test_a_leader_whose_lease_was_taken_ends_itself(world: World, operator: Any) -> None:
+    lease = {"spec": {"holderIdentity": "somebody-else", "leaseDurationSeconds": 3600}}
+    patch = ["patch", "lease", "headrace", "--type=merge", "-p"]
+    try:
+        world.plane.kubectl("-n", "headrace-system", *patch, json.dumps(lease))
+        assert operator.wait(timeout_seconds=10) == 1
+    finally:
+        world.plane.kubectl("-n", "headrace-system", "delete", "lease", "headrace")
+
+
+def test_a_suspended_run_loses_its_job_and_a_resumed_one_gets_the_next(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus"))
+    world.pods_of(1, count=1)
+    world.plane.apply(make_run(world.namespace, "corpus", suspend=True))
+    world.eventually(lambda: world.status().get("summary") == "Suspended")
+    assert world.names("jobs") == []
+    world.eventually(lambda: world.names("pods,services,configmaps") == [])
+    world.plane.apply(make_run(world.namespace, "corpus"))
+    world.eventually(lambda: world.names("jobs") == ["demo-corpus-2"])
+
+
+def test_nothing_is_left_of_a_deleted_run(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
+    world.pods_of(1, count=2)
+    world.plane.kubectl("-n", world.namespace, "delete", "trainingrun", "demo")
+    world.eventually(lambda: world.names("jobs,services,configmaps,serviceaccounts,pods") == [])
+
+
+def test_a_run_that_the_operator_refuses_says_why(world: World) -> None:
+    """The API server's rules cannot know how many steps there are; the operator does."""
+    run = make_run(world.namespace, "corpus", "tok", "tokens", "base")
+    run["spec"]["stages"][3] = {"name": "base", **STAGES["base"]}
+    run["spec"]["stages"][3]["pretrain"] = {**STAGES["base"]["pretrain"], "schedule": {"warmup": 100_000}}
+    world.plane.apply(run)
+    status = world.eventually(world.status)
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert failed["reason"] == "Invalid"
+    assert "schedule.warmup: 100000: must be below the 489 steps" in failed["message"]
+    assert world.names("jobs") == []
+    world.plane.apply(make_run(world.namespace, "corpus"))
+    world.eventually(lambda: world.status()["summary"] == "Running")
+
+
+def test_a_run_waits_for_its_runtime_and_says_so(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus", runtime="later"))
+    world.eventually(lambda: "no TrainingRuntime later" in world.status().get("phaseMessage", ""))
+    world.plane.apply({**RUNTIME, "metadata": {"name": "later"}})
+    world.pods_of(1, count=1)
+
+
+def test_an_object_of_somebody_else_is_left_alone_and_reported(world: World) -> None:
+    theirs = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"mine": "yes"}}
+    theirs["metadata"] = {"name": "demo-corpus-1", "namespace": world.namespace}
+    world.plane.apply(theirs)
+    world.plane.apply(make_run(world.namespace, "corpus"))
+
+    def told() -> list[str]:
+        events = world.plane.get("-n", world.namespace, "events.events.k8s.io")["items"]
+        return [e["note"] for e in events if e["reason"] == "StartFailed"]
+
+    (note,) = world.eventually(told)
+    assert "demo-corpus-1 exists and is not this run's" in note
+    kept = world.plane.get("-n", world.namespace, "configmap", "demo-corpus-1")
+    assert kept["data"] == {"mine": "yes"}
+    world.plane.kubectl("-n", world.namespace, "delete", "configmap", "demo-corpus-1")
+    world.eventually(lambda: world.names("configmaps") == ["demo-corpus-1"])
+
+
+class Reports:
+    """Progress reports with real tokens of a run's pods."""
+
+    def __init__(self, world: World, operator: Any) -> None:
+        self.world, self.operator = world, operator
+
+    def token(self, pod: Json, *, audience: str = "headrace-progress") -> str:
+        meta = pod["metadata"]
+        bound = ["--bound-object-kind=Pod", f"--bound-object-name={meta['name']}", f"--bound-object-uid={meta['uid']}"]
+        command = ["create", "token", "headrace-demo", f"--audience={audience}", *bound]
+        return str(self.world.plane.kubectl("-n", self.world.namespace, *command)).strip()
+
+    def body(self, **changes: Any) -> Json:
+        progress = {"stage": "corpus", "attempt": 1, "done": 3, "total": 9, "unit": "documents"}
+        report = {"namespace": self.world.namespace, "run": "demo"}
+        told = {k: v for k, v in changes.items() if k in report}
+        progress |= {k: v for k, v in changes.items() if k not in report}
+        return {**report, **told, "progress": {**progress, "time": "2026-01-01T00:00:00Z"}}
+
+    def post(self, token: str, body: Json) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.operator.progress_url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, ""
+        except urllib.error.HTTPError as error:
+            return error.code, str(json.loads(error.read())["error"])
+
+
+@pytest.fixture
+def reports(world: World, operator: Any) -> Reports:
+    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
+    world.pods_of(1, count=2)
+    return Reports(world, operator)
+
+
+def test_a_pods_report_becomes_the_runs_columns(reports: Reports) -> None:
+    first, _ = reports.world.pods(1)
+    assert reports.post(reports.token(first), reports.body()) == (204, "")
+    reports.world.eventually(lambda: reports.world.status().get("step") == "3/9")
+    assert reports.world.status()["progress"] == "33%"
+    assert 'headrace_stage_done{namespace="' in reports.operator.metrics()
+
+
+def test_a_pod_reports_for_itself_only(reports: Reports) -> None:
+    first, second = sorted(reports.world.pods(1), key=lambda p: p["metadata"]["name"])
+    own = reports.token(first)
+    cases = [
+        (reports.token(first, audience="https://kubernetes.default.svc"), reports.body(), 401, "audience"),
+        ("nonsense", reports.body(), 401, "not valid"),
+        (own, reports.body(attempt=2), 403, "may not report for run"),
+        (own, reports.body(stage="tok"), 403, "may not report for run"),
+        (own, reports.body(run="another"), 403, "may not report for run"),
+        (own, reports.body(namespace="default"), 403, "may not report for run"),
+        (reports.token(second), reports.body(), 403, "only index 0"),
+        (own, {"namespace": "x"}, 400, "not a progress report"),
+    ]
+    for token, body, status, said in cases:
+        answer = reports.post(token, body)
+        assert answer[0] == status and said in answer[1], (body, answer)
