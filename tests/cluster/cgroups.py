@@ -23,6 +23,7 @@ def create(machine: str) -> None:
             folder = folder / part
             folder.mkdir(exist_ok=True)
             copy_cpuset(folder)
+        raise_weight(hierarchy / CGROUP)
 
 
 def hierarchies() -> list[Path]:
@@ -48,6 +49,13 @@ def copy_cpuset(folder: Path) -> None:
         file = folder / name
         if file.exists() and not (ROOT / "cgroup.controllers").exists() and not file.read_text().strip():
             file.write_text((folder.parent / name).read_text())
+
+
+def raise_weight(folder: Path) -> None:
+    """By default all pods together get as much CPU as one process of the host: on a busy machine every test would time out."""
+    for name, weight in (("cpu.shares", "8192"), ("cpu.weight", "800")):
+        if (folder / name).exists():
+            (folder / name).write_text(weight)
 
 
 def remove(group: str = CGROUP) -> None:

@@ -130,7 +130,7 @@ def test_a_gang_on_two_nodes_reduces_over_four_ranks(cluster: Cluster, namespace
         headless_service("gang", namespace, {"job-name": "gang"}),
         indexed_job("gang", namespace, 2, spec),
     )
-    cluster.wait(lambda: job_ended(cluster, namespace, "gang"), "the gang's end", timeout_seconds=120)
+    cluster.wait(lambda: job_ended(cluster, namespace, "gang"), "the gang's end", timeout_seconds=160)
     pods = cluster.get("pods", "-n", namespace, "-l", "job-name=gang")["items"]
     logs = "".join(cluster.kubectl("logs", item["metadata"]["name"], "-n", namespace) for item in pods)
     assert {item["spec"]["nodeName"] for item in pods} == set(cluster.nodes[:2])
