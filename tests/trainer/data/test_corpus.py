@@ -104,9 +104,9 @@ def test_the_funnel_says_which_source_lost_how_much_to_what(tmp_path):
     assert report["total"]["read"]["documents"] == 10
     assert report["total"]["kept"] == {"documents": 3, "characters": sum(len(prose(i)) for i in range(3))}
     assert metrics == {
-        "documents_read": 10,
-        "documents": 3,
-        "characters": report["total"]["kept"]["characters"],
+        "documentsIn": 10,
+        "documentsOut": 3,
+        "charactersOut": report["total"]["kept"]["characters"],
         "duplicates": 2,
     }
 

@@ -90,9 +90,9 @@ def test_the_unigram_counts_are_those_of_the_training_split(shards, manifest):
 
 def test_the_metrics_say_how_much_there_is(shards, manifest):
     metrics = json.loads((shards / "artifact.json").read_text())["metrics"]
-    assert metrics["train_tokens"] == manifest.tokens[Split.TRAIN]
-    assert metrics["validation_documents"] == manifest.documents[Split.VALIDATION]
-    assert metrics["bytes_per_token"] == pytest.approx(sum(manifest.bytes.values()) / sum(manifest.tokens.values()))
+    assert metrics["trainTokens"] == manifest.tokens[Split.TRAIN]
+    assert metrics["documentsIn"] == sum(manifest.documents.values())
+    assert metrics["bytesPerToken"] == pytest.approx(sum(manifest.bytes.values()) / sum(manifest.tokens.values()))
 
 
 def test_the_same_corpus_gives_the_same_artifact(tmp_path):

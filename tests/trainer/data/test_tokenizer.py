@@ -54,8 +54,8 @@ def test_transformers_loads_the_folder_with_the_end_of_text(chain):
 
 def test_the_metrics_are_measured(chain):
     metrics = json.loads((chain.storage / "tokenizer" / "artifact.json").read_text())["metrics"]
-    assert metrics["vocab_size"] == 500
-    assert 2.5 < metrics["bytes_per_token"] < 6
+    assert metrics["vocabSize"] == 500
+    assert 2.5 < metrics["bytesPerToken"] < 6
 
 
 def test_every_process_learns_the_same_merges(tmp_path):
@@ -120,7 +120,7 @@ def test_gpt2s_merges_give_gpt2s_ids(gpt2_files, tmp_path, names):
     for source, name in zip(gpt2_merges.FILES, names, strict=True):
         (folder / name).write_bytes((gpt2_files / source).read_bytes())
     metrics, loaded, output = import_from(folder, tmp_path)
-    assert metrics == {"vocab_size": 50257}
+    assert metrics == {"vocabSize": 50257}
     assert (loaded.eod, loaded.eod_id) == (END_OF_TEXT, 50256)
     tokenizer = AutoTokenizer.from_pretrained(output)
     for text, ids in GPT2_IDS:
@@ -138,7 +138,7 @@ def test_a_tokenizer_json_is_imported_with_its_own_end_of_document_and_settings(
         json.dumps({"eos_token": {"content": "</s>"}, "chat_template": "{{ x }}"})
     )
     metrics, loaded, output = import_from(folder, tmp_path)
-    assert (metrics["vocab_size"], loaded.eod, loaded.eod_id) == (500, "</s>", 0)
+    assert (metrics["vocabSize"], loaded.eod, loaded.eod_id) == (500, "</s>", 0)
     assert AutoTokenizer.from_pretrained(output).chat_template == "{{ x }}"
 
 
@@ -148,7 +148,7 @@ def test_a_tokenizer_without_an_end_of_document_is_given_one(chain, tmp_path):
     value = json.loads((chain.storage / "tokenizer" / "tokenizer.json").read_text().replace(END_OF_TEXT, "<pad>"))
     (folder / "tokenizer.json").write_text(json.dumps(value))
     metrics, loaded, _ = import_from(folder, tmp_path)
-    assert (metrics["vocab_size"], loaded.eod, loaded.eod_id) == (501, END_OF_TEXT, 500)
+    assert (metrics["vocabSize"], loaded.eod, loaded.eod_id) == (501, END_OF_TEXT, 500)
 
 
 def test_a_tokenizer_is_imported_from_s3(chain, tmp_path, s3):
@@ -156,7 +156,7 @@ def test_a_tokenizer_is_imported_from_s3(chain, tmp_path, s3):
     client.upload_file(str(chain.storage / "tokenizer" / "tokenizer.json"), "bucket", "tok/tokenizer.json")
     config = {"import": {"uri": "s3://bucket/tok"}}
     context = make_context(tmp_path, kind="tokenizer", config=config, storage=storage)
-    assert run(context) == {"vocab_size": 500}
+    assert run(context) == {"vocabSize": 500}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def run_corpus(ctx: StageContext) -> dict[str, float]:
     """Clean the sources.
 
     Returns:
-        ``documents_read``, ``documents``, ``characters``, ``duplicates``.
+        ``documentsIn``, ``documentsOut``, ``charactersOut``, ``duplicates``.
 
     Raises:
         UserError: a source is missing or damaged, or no document is left.
@@ -111,8 +111,8 @@ def _report(folder: Path, config: Corpus, funnels: list[Funnel]) -> None:
 def _metrics(total: Funnel) -> dict[str, float]:
     duplicates = total.dropped.get("dedup")
     return {
-        "documents_read": total.read.documents,
-        "documents": total.kept.documents,
-        "characters": total.kept.characters,
+        "documentsIn": total.read.documents,
+        "documentsOut": total.kept.documents,
+        "charactersOut": total.kept.characters,
         "duplicates": 0 if duplicates is None else duplicates.documents,
     }

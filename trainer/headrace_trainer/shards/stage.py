@@ -60,7 +60,7 @@ def run_shards(ctx: StageContext) -> dict[str, float]:
     """Tokenize the corpus.
 
     Returns:
-        ``train_tokens``, ``validation_tokens``, ``train_documents``, ``validation_documents``, ``bytes_per_token``.
+        ``documentsIn``, ``tokensOut``, ``trainTokens``, ``validationTokens``, ``bytesPerToken``.
 
     Raises:
         UserError: one of the splits would be empty.
@@ -166,9 +166,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def _metrics(tally: _Tally) -> dict[str, float]:
     return {
-        "train_tokens": tally.tokens[Split.TRAIN],
-        "validation_tokens": tally.tokens[Split.VALIDATION],
-        "train_documents": tally.documents[Split.TRAIN],
-        "validation_documents": tally.documents[Split.VALIDATION],
-        "bytes_per_token": tally.bytes.total() / tally.tokens.total(),
+        "documentsIn": tally.documents.total(),
+        "tokensOut": tally.tokens.total(),
+        "trainTokens": tally.tokens[Split.TRAIN],
+        "validationTokens": tally.tokens[Split.VALIDATION],
+        "bytesPerToken": tally.bytes.total() / tally.tokens.total(),
     }

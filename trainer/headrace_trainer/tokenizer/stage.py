@@ -22,7 +22,7 @@ def run_tokenizer(ctx: StageContext) -> dict[str, float]:
     """Train or import.
 
     Returns:
-        ``vocab_size``; after training also ``bytes_per_token``, on the first thousand documents.
+        ``vocabSize``; after training also ``bytesPerToken``, on the first thousand documents.
 
     Raises:
         UserError: the corpus is too small for the vocabulary, or the imported files cannot be read.
@@ -31,11 +31,11 @@ def run_tokenizer(ctx: StageContext) -> dict[str, float]:
     assert isinstance(config, TokenizerSpec)
     if config.import_ is not None:
         _import(ctx, config.import_)
-        return {"vocab_size": load_tokenizer(ctx.output).vocab_size}
+        return {"vocabSize": load_tokenizer(ctx.output).vocab_size}
     corpus = ctx.input("corpus")
     _train(ctx, config, corpus)
     loaded = load_tokenizer(ctx.output)
-    return {"vocab_size": loaded.vocab_size, "bytes_per_token": _bytes_per_token(loaded, corpus)}
+    return {"vocabSize": loaded.vocab_size, "bytesPerToken": _bytes_per_token(loaded, corpus)}
 
 
 def _train(ctx: StageContext, config: TokenizerSpec, corpus: Path) -> None:

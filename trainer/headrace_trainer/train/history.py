@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -40,6 +39,6 @@ class History:
         return "".join(json.dumps(record) + "\n" for record in self.records)
 
     @classmethod
-    def read(cls, path: Path) -> "History":
-        """What ``dumps`` wrote."""
-        return cls([json.loads(line) for line in path.read_text().splitlines()])
+    def loads(cls, text: str) -> "History":
+        """What ``dumps`` gave."""
+        return cls([json.loads(line) for line in text.splitlines()])

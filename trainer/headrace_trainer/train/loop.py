@@ -59,6 +59,7 @@ class Loop:
     history: History = field(default_factory=History)
     step: int = 0
     saved: SavedCheckpoint | None = None
+    message: str = ""
     _saved_at: float = field(default_factory=time.monotonic, init=False)
     pace: Pace = field(init=False)
 
@@ -67,13 +68,16 @@ class Loop:
 
     def resume(self) -> None:
         """Continue from the newest committed checkpoint, if there is one."""
-        self._report("Loading")
+        self._report("Starting")
         found = self.vault.resume(self.state)
         if found is None:
             return
         self.step, self.saved = found.saved.step, found.saved
         assert found.consumed_samples == self.consumed_samples
-        self.history = History.read(found.extras / HISTORY_FILE)
+        self.history = History.loads(found.extras[HISTORY_FILE])
+        self.message = f"resumed after step {self.step}"
+        if found.passed_over:
+            self.message += f"; passed over as corrupt: {', '.join(found.passed_over)}"
 
     def run(self) -> None:
         """Train to the last step.
@@ -158,4 +162,5 @@ class Loop:
             tokens_per_second=self.pace.tokens_per_second,
             eta_seconds=self.pace.seconds_for(self.config.steps - self.step),
             checkpoint=self.saved,
+            message=self.message[:1024],
         )

@@ -131,7 +131,7 @@ def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
     """The figures that a finished stage shows."""
     metrics = {
         "steps": float(loop.step),
-        "tokens": float(loop.step * loop.config.tokens_per_step),
+        "tokensIn": float(loop.step * loop.config.tokens_per_step),
         "parameters": float(card.architecture.num_parameters(card.vocab_size)),
         "loss": loop.history.records[-1]["loss"],
     }
@@ -169,5 +169,4 @@ def _vault(ctx: StageContext, ranks: Gang, config: Pretrain) -> Vault:
         identity=identity,
         attempt=resolved.attempt,
         keep=config.checkpoint.keep,
-        tell=lambda line: ctx.report(phase="Loading", message=line),
     )
