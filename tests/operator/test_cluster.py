@@ -1,0 +1,264 @@
+"""What the cluster shows -> attempts, outcomes and what a report may say."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from headrace_api.contract import Progress
+from headrace_api.faults import FaultClass
+from headrace_operator.cluster import Cache, Cluster, RunKey
+from headrace_operator.observe import Attempt, AttemptState
+from headrace_operator.outcomes import explain_failure, explain_success
+from headrace_operator.records import JobRecord, PodRecord, deployment_record, job_record, pod_record
+
+Json = dict[str, Any]
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+KEY = RunKey("team", "demo")
+LABELS = {
+    "headrace.dev/run": "demo",
+    "headrace.dev/run-uid": "uid-1",
+    "headrace.dev/stage": "base",
+    "headrace.dev/attempt": "1",
+}
+
+
+def ago(seconds: float) -> str:
+    return (NOW - timedelta(seconds=seconds)).isoformat()
+
+
+def metadata(name: str, *, version: int = 1, deleted: str | None = None, run_uid: str = "uid-1") -> Json:
+    fields = {"namespace": "team", "name": name, "uid": f"uid-of-{name}", "resourceVersion": str(version)}
+    labels = {**LABELS, "headrace.dev/run-uid": run_uid}
+    gone = {"deletionTimestamp": deleted} if deleted else {}
+    return {**fields, **gone, "labels": labels, "annotations": {"headrace.dev/hash": "beef"}}
+
+
+def make_job(*, size: int = 2, condition: str | None = None, deleted: str | None = None, version: int = 1) -> JobRecord:
+    conditions = [{"type": condition, "status": "True", "reason": "BackoffLimitExceeded"}] if condition else []
+    meta = metadata("demo-base-1", deleted=deleted, version=version)
+    return job_record({"metadata": meta, "spec": {"completions": size}, "status": {"conditions": conditions}})
+
+
+def make_pod(
+    index: int = 0,
+    *,
+    phase: str = "Running",
+    exit_code: int | None = None,
+    words: Any = None,
+    ended: str | None = None,
+    deleted: str | None = None,
+    reason: str = "",
+    disruption: str = "",
+    waiting: Json | None = None,
+    restarts: int = 0,
+    run_uid: str = "uid-1",
+) -> PodRecord:
+    state: Json = {"waiting": waiting} if waiting else {}
+    if exit_code is not None:
+        said = words if isinstance(words, str) else json.dumps(words) if words else ""
+        state = {"terminated": {"exitCode": exit_code, "message": said, "finishedAt": ended or ago(0), "reason": reason}}
+    meta = metadata(f"pod-{index}", deleted=deleted, run_uid=run_uid)
+    meta["labels"] = {**meta["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
+    conditions = [{"type": "DisruptionTarget", "status": "True", "reason": disruption}] if disruption else []
+    container = {"name": "trainer", "state": state, "restartCount": restarts}
+    status = {"phase": phase, "containerStatuses": [container], "conditions": conditions}
+    return pod_record({"metadata": meta, "spec": {"nodeName": f"node-{index}"}, "status": status})
+
+
+def failed(index: int = 0, *, exit_code: int = 70, **fields: Any) -> PodRecord:
+    return make_pod(index, phase="Failed", exit_code=exit_code, **fields)
+
+
+def observe(*records: Any, report: Progress | None = None) -> tuple[Attempt, ...]:
+    cluster = Cluster()
+    for record in records:
+        cache: Cache[Any] = {"JobRecord": cluster.jobs, "PodRecord": cluster.pods}.get(
+            type(record).__name__, cluster.deployments
+        )
+        cache.put(record)
+    if report is not None:
+        cluster.progress.put(KEY, report)
+    return cluster.observe(KEY, run_uid="uid-1", now=NOW).attempts
+
+
+STATES: list[tuple[str, list[Any], AttemptState | None]] = [
+    ("nothing exists", [], None),
+    ("a Job without pods", [make_job()], AttemptState.PENDING),
+    ("one of two pods runs", [make_job(), make_pod(0), make_pod(1, phase="Pending")], AttemptState.PENDING),
+    ("both run", [make_job(), make_pod(0), make_pod(1)], AttemptState.RUNNING),
+    (
+        "one has finished, one runs",
+        [make_job(), make_pod(0, phase="Succeeded", exit_code=0), make_pod(1)],
+        AttemptState.RUNNING,
+    ),
+    ("one failed, the Job has not noticed", [make_job(), failed(0), make_pod(1)], AttemptState.STOPPING),
+    ("the Job ends the others", [make_job(condition="FailureTarget"), failed(0), make_pod(1)], AttemptState.STOPPING),
+    ("all failed", [make_job(condition="Failed"), failed(0), failed(1)], AttemptState.FAILED),
+    ("all failed, the Job has not noticed", [make_job(), failed(0), failed(1)], AttemptState.FAILED),
+    ("failed, and no pod is left", [make_job(condition="Failed")], AttemptState.FAILED),
+    (
+        "complete",
+        [make_job(condition="Complete", size=1), make_pod(phase="Succeeded", exit_code=0)],
+        AttemptState.SUCCEEDED,
+    ),
+    ("complete, and no pod is left", [make_job(condition="Complete")], AttemptState.SUCCEEDED),
+    ("a pod is being deleted", [make_job(), make_pod(0, deleted=ago(-60)), make_pod(1)], AttemptState.STOPPING),
+    ("the Job was deleted, a pod saves", [make_pod(0, deleted=ago(-60))], AttemptState.STOPPING),
+    ("the Job is being deleted", [make_job(deleted=ago(0))], AttemptState.STOPPING),
+    ("the Job was deleted, the pods have ended", [failed(0, exit_code=75)], AttemptState.FAILED),
+    ("a deleted pod is late", [make_job(), make_pod(0, deleted=ago(29)), failed(1)], AttemptState.STOPPING),
+    ("a deleted pod's node is silent", [make_job(), make_pod(0, deleted=ago(31)), failed(1)], AttemptState.FAILED),
+    ("all pods are on silent nodes", [make_job(size=1), make_pod(0, deleted=ago(31))], AttemptState.FAILED),
+    ("only the remains of a lost pod", [make_pod(0, deleted=ago(31))], None),
+    ("another run of the same name", [make_pod(0, run_uid="uid-0")], None),
+]
+
+
+@pytest.mark.parametrize(("records", "state"), [s[1:] for s in STATES], ids=[s[0] for s in STATES])
+def test_where_an_attempt_is(records: list[Any], state: AttemptState | None) -> None:
+    attempts = observe(*records)
+    assert [a.state for a in attempts] == ([state] if state else [])
+    assert all((a.stage, a.number, a.hash) == ("base", 1, "beef") for a in attempts)
+
+
+def say(fault: str | None, reason: str = "Said", **fields: Any) -> Json:
+    return {"fault": fault, "reason": reason, **fields}
+
+
+FAILURES: list[tuple[str, list[PodRecord], FaultClass | None, str]] = [
+    ("what the pod said", [failed(words=say("process", "NcclError"))], FaultClass.PROCESS, "NcclError"),
+    ("its exit code, if it said nothing", [failed(exit_code=2)], FaultClass.USER, "ExitCode"),
+    ("its exit code, if it said nonsense", [failed(exit_code=74, words="oops")], FaultClass.STORAGE, "ExitCode"),
+    ("what Kubernetes says", [failed(exit_code=137, reason="OOMKilled")], FaultClass.POD, "OOMKilled"),
+    (
+        "bad data before all else",
+        [failed(0, words=say("process"), ended=ago(9)), failed(1, words=say("user", "BadRecord"), ended=ago(1))],
+        FaultClass.USER,
+        "BadRecord",
+    ),
+    (
+        "storage before what followed from it",
+        [failed(0, words=say("process"), ended=ago(9)), failed(1, words=say("storage", "SlowDown"), ended=ago(1))],
+        FaultClass.STORAGE,
+        "SlowDown",
+    ),
+    (
+        "an evicted pod before the peers that missed it",
+        [
+            failed(0, words=say("process", "PeerLost"), ended=ago(9)),
+            failed(1, exit_code=137, disruption="EvictionByEvictionAPI", ended=ago(1)),
+        ],
+        FaultClass.POD,
+        "EvictionByEvictionAPI",
+    ),
+    (
+        "the first of equals",
+        [failed(0, words=say("process", "Late"), ended=ago(1)), failed(1, words=say("process", "First"), ended=ago(9))],
+        FaultClass.PROCESS,
+        "First",
+    ),
+    (
+        "the failure, not the pods that the Job then stopped",
+        [failed(0, exit_code=75, ended=ago(1)), failed(1, words=say("process", "RankKilled"), ended=ago(9))],
+        FaultClass.PROCESS,
+        "RankKilled",
+    ),
+    ("a stop, if all were stopped", [failed(0, exit_code=75), failed(1, exit_code=75)], FaultClass.STOPPED, "ExitCode"),
+    ("nothing, if nobody is left", [], None, ""),
+    ("nothing of a pod that lives", [make_pod()], None, ""),
+]
+
+
+@pytest.mark.parametrize(("pods", "fault", "reason"), [f[1:] for f in FAILURES], ids=[f[0] for f in FAILURES])
+def test_what_explains_a_failure(pods: list[PodRecord], fault: FaultClass | None, reason: str) -> None:
+    outcome = explain_failure(pods)
+    assert (outcome.fault if outcome else None) == fault
+    assert (outcome.reason if outcome else "") == reason
+
+
+def test_an_outcome_names_the_node() -> None:
+    outcome = explain_failure([failed(3)])
+    assert outcome is not None and outcome.node == "node-3"
+
+
+def test_the_pod_that_wrote_the_artifact_speaks_for_success() -> None:
+    quiet = make_pod(0, phase="Succeeded", exit_code=0)
+    writer = make_pod(1, phase="Succeeded", exit_code=0, words={"artifactDigest": "ab", "metrics": {"loss": 2.5}})
+    outcome = explain_success([quiet, writer])
+    assert outcome is not None and (outcome.artifact_digest, outcome.metrics) == ("ab", {"loss": 2.5})
+    assert explain_success([]) is None
+
+
+def report(**fields: Any) -> Progress:
+    return Progress(stage="base", attempt=1, done=7, time=NOW, **fields)
+
+
+def test_a_pending_attempt_says_what_holds_it_back() -> None:
+    waiting = make_pod(0, phase="Pending", waiting={"reason": "ErrImagePull", "message": "no such image"})
+    (attempt,) = observe(make_job(size=1), waiting)
+    assert attempt.progress is not None
+    assert (attempt.progress.phase, attempt.progress.message) == ("Waiting", "ErrImagePull: no such image")
+
+
+def test_a_starting_container_is_nothing_to_tell() -> None:
+    starting = make_pod(0, phase="Pending", waiting={"reason": "ContainerCreating"})
+    (attempt,) = observe(make_job(size=1), starting, report=report())
+    assert attempt.progress == report()
+
+
+def make_deployment(*, available: bool = False, stuck: bool = False, observed: int = 1) -> Any:
+    conditions = [{"type": "Available", "status": str(available), "lastTransitionTime": ago(5)}]
+    if stuck:
+        said = {"reason": "ProgressDeadlineExceeded", "message": "timed out"}
+        conditions.append({"type": "Progressing", "status": "False", **said})
+    ports = [{"name": "http", "containerPort": 8000}]
+    template = {"spec": {"containers": [{"name": "trainer", "ports": ports}]}}
+    return deployment_record(
+        {
+            "metadata": {**metadata("demo-base"), "generation": 1},
+            "spec": {"template": template},
+            "status": {"observedGeneration": observed, "conditions": conditions},
+        }
+    )
+
+
+def test_a_service_has_an_endpoint_while_it_is_available() -> None:
+    (up,) = observe(make_deployment(available=True), make_pod())
+    assert up.state is AttemptState.RUNNING and up.progress is not None
+    assert up.progress.endpoint == "http://demo-base.team.svc:8000"
+    (down,) = observe(make_deployment(), make_pod(), report=report(endpoint="http://stale"))
+    assert down.state is AttemptState.PENDING and down.progress is not None and down.progress.endpoint is None
+    (old,) = observe(make_deployment(available=True, observed=0), make_pod())
+    assert old.state is AttemptState.PENDING, "the status is about an earlier spec"
+
+
+def test_a_service_fails_when_its_server_never_can_start() -> None:
+    crashing = {"exit_code": 2, "words": say("user", "BadModel"), "restarts": 3}
+    (attempt,) = observe(make_deployment(), make_pod(**crashing))
+    assert attempt.state is AttemptState.FAILED and attempt.outcome is not None
+    assert attempt.outcome.reason == "BadModel"
+    (young,) = observe(make_deployment(), make_pod(**{**crashing, "restarts": 1}))
+    assert young.state is AttemptState.PENDING
+    (late,) = observe(make_deployment(stuck=True), make_pod())
+    assert late.state is AttemptState.FAILED and late.outcome is not None
+    assert late.outcome.reason == "ProgressDeadlineExceeded"
+
+
+def test_a_run_is_looked_at_again_when_a_pod_is_to_be_given_up() -> None:
+    cluster = Cluster()
+    assert cluster.seconds_to_loss(KEY, now=NOW) is None
+    cluster.pods.put(make_pod(deleted=ago(-60)))
+    assert cluster.seconds_to_loss(KEY, now=NOW) == 90
+
+
+def test_a_cache_keeps_the_newer_record_of_the_same_object() -> None:
+    cache: Cache[JobRecord] = Cache()
+    assert cache.put(make_job(version=5))
+    assert not cache.put(make_job(version=4, condition="Failed"))
+    assert [job.failed for job in cache.of_run(KEY)] == [False]
+    assert cache.put(make_job(version=6, condition="Failed"))
+    assert cache.keep_only(set()) == [KEY]
+    assert len(cache) == 0 and cache.of_run(KEY) == ()
