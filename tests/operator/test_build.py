@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from builders import STAGES
 
+from builders import STAGES
 from headrace_api.contract import ResolvedStage
 from headrace_api.runtime import TrainingRuntime
 from headrace_operator.build import build, owned

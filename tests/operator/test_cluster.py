@@ -59,7 +59,9 @@ def make_pod(
     state: Json = {"waiting": waiting} if waiting else {}
     if exit_code is not None:
         said = words if isinstance(words, str) else json.dumps(words) if words else ""
-        state = {"terminated": {"exitCode": exit_code, "message": said, "finishedAt": ended or ago(0), "reason": reason}}
+        state = {
+            "terminated": {"exitCode": exit_code, "message": said, "finishedAt": ended or ago(0), "reason": reason}
+        }
     meta = metadata(f"pod-{index}", deleted=deleted, run_uid=run_uid)
     meta["labels"] = {**meta["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
     conditions = [{"type": "DisruptionTarget", "status": "True", "reason": disruption}] if disruption else []

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from builders import STAGES
 
 pytestmark = pytest.mark.slow
