@@ -85,9 +85,11 @@ def gang(work: Callable[..., Any], world: int, *args: Any) -> list[Ended]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # The server forks with the environment that it was started in, not with the present one.
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = [_SERVER.Pipe(duplex=False) for _ in range(world)]
     ranks = [
-        _SERVER.Process(target=_rank, args=(work, rank, world, port, pipes[rank][1], args), daemon=True)
+        _SERVER.Process(target=_rank, args=(work, rank, world, environment, pipes[rank][1], args), daemon=True)
         for rank in range(world)
     ]
     for rank in ranks:
@@ -111,8 +113,15 @@ def _ended(rank: ForkServerProcess, receiver: Any, deadline: float) -> Ended:
     return replace(said, exit_code=rank.exitcode)
 
 
-def _rank(work: Callable[..., Any], rank: int, world: int, port: int, sender: Any, args: tuple[Any, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(
+    work: Callable[..., Any],
+    rank: int,
+    world: int,
+    environment: dict[str, str],
+    sender: Any,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ |= environment
     import torch
 
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""Checkpoints: ``state`` writes and reads folders, ``vault`` commits them to storage, ``manifest`` says what is in one."""
+"""Checkpoints: ``state`` writes and reads folders, ``shelf`` is storage, ``vault`` is the gang; ``manifest`` says what is in one."""

@@ -44,6 +44,11 @@ class TrainState:
     optimizer: MegatronOptimizer
 
 
+def is_own_file(name: str) -> bool:
+    """Whether a file in a checkpoint's folder is one of those written here."""
+    return name.endswith(".distcp") or name in (".metadata", "metadata.json", "common.pt")
+
+
 def save_state(state: TrainState, folder: Path) -> None:
     """Write weights and optimizer state. Every rank calls.
 
