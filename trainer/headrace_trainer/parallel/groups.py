@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from headrace_api.parallelism import Layout
 from headrace_trainer import device
-from headrace_trainer.device.megatron import parallel_state, tensor_parallel
 from headrace_trainer.parallel.gang import Gang
 
 _TIMEOUT = timedelta(minutes=30)
@@ -33,6 +32,9 @@ def gang(layout: Layout, *, rank: int, local_rank: int = 0, local_world: int = 1
         local_world: ranks on the node.
         seed: seeds the generators that Megatron keeps for each tensor rank.
     """
+    # Megatron takes ten seconds to import, and is needed from here on.
+    from headrace_trainer.device.megatron import parallel_state
+
     _start_torch(layout, rank=rank, local_rank=local_rank)
     _start_megatron(layout, seed=seed)
     yield _describe(layout, rank=rank, local_rank=local_rank, local_world=local_world)
@@ -52,6 +54,8 @@ def _start_torch(layout: Layout, *, rank: int, local_rank: int) -> None:
 
 
 def _start_megatron(layout: Layout, *, seed: int) -> None:
+    from headrace_trainer.device.megatron import parallel_state, tensor_parallel
+
     parallel_state.initialize_model_parallel(
         layout.tensor,
         layout.pipeline,
@@ -62,6 +66,8 @@ def _start_megatron(layout: Layout, *, seed: int) -> None:
 
 
 def _describe(layout: Layout, *, rank: int, local_rank: int, local_world: int) -> Gang:
+    from headrace_trainer.device.megatron import parallel_state
+
     control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     assert isinstance(control, dist.ProcessGroup)
     return Gang(

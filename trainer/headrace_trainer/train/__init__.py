@@ -1,5 +1,13 @@
-"""The pretrain stage: ``run`` builds the parts, ``loop`` goes through the steps."""
+"""The pretrain stage: ``pretrain`` builds the parts, ``loop`` goes through the steps.
 
-from headrace_trainer.train.pretrain import run
+``schedule``, ``batches``, ``history`` and ``pace`` need no Megatron; it is imported when a stage runs.
+"""
 
-__all__ = ["run"]
+from headrace_trainer.stage import StageContext
+
+
+def run(ctx: StageContext) -> dict[str, float]:
+    """Train a model on the shards of the stage: see ``pretrain.run``."""
+    from headrace_trainer.train import pretrain
+
+    return pretrain.run(ctx)

@@ -13,8 +13,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from headrace_trainer.device.megatron import MegatronModule
-
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -42,7 +40,7 @@ class Objective(Protocol):
     def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
         """Samples of one micro-batch -> tensors on ``device``; a sample of weight 0 does not count."""
 
-    def forward(self, model: MegatronModule, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
+    def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
         """Run this stage of the model; on the last stage its output goes through the function that comes second."""
 
 
@@ -56,7 +54,7 @@ class NextToken:
         mask = torch.tensor(weights, device=device)[:, None].expand(labels.shape)
         return Batch(tokens_BT=sequences[:, :-1].contiguous(), labels_BT=labels, mask_BT=mask)
 
-    def forward(self, model: MegatronModule, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
+    def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
         """Token losses of the batch. Attention is causal without a mask; rotary positions need no ids."""
         positions = torch.arange(batch.tokens_BT.size(1), device=batch.tokens_BT.device).expand_as(batch.tokens_BT)
         losses_BT = model(batch.tokens_BT, positions, None, labels=batch.labels_BT)
