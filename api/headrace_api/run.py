@@ -133,7 +133,7 @@ class Stage(Spec):
                 self._check_pretrain(self.pretrain)
             except FieldError as error:
                 raise FieldError(f"pretrain.{error.field}", error.value, error.remedy) from error
-        elif self.kind != "corpus" and self.compute.nodes > 1:
+        elif self.compute.nodes > 1:
             raise FieldError("compute.nodes", self.compute.nodes, f"a {self.kind} stage runs on 1 node")
         if self.config.RUNS_AS is not RunsAs.GANG and self.compute.ranks > 1 and self.kind != "deploy":
             raise FieldError(

@@ -37,7 +37,7 @@ class Source(Spec):
     uri: Uri
     """uri is a file, a folder or an s3:// prefix; a relative path is relative to the manifest."""
     format: Format = Format.AUTO
-    """format is how the files are read; auto goes by their names (.warc.gz, .wet.gz, .jsonl.gz, .parquet, .html, others as text)."""
+    """format is how the files are read; auto goes by their names (.warc, .wet, .jsonl or .json, .parquet, .html, others as text; .gz, .bz2, .xz and .zst are unpacked)."""
     text_field: str = Field("text", max_length=100)
     """textField is the column or key that holds the text of JSONL and Parquet records."""
 
@@ -71,7 +71,7 @@ class Quality(Spec):
     min_alphabetic_word_ratio: float = Field(0.8, ge=0, le=1)
     """minAlphabeticWordRatio is the smallest part of words with at least one letter."""
     min_stop_words: int = Field(2, ge=0)
-    """minStopWords is the fewest stop words (the, be, to, of, and, that, have, with) in a document."""
+    """minStopWords is the fewest stop words (the, be, to, of, and, that, have, with) in an English document."""
 
 
 class Corpus(StageConfig):

@@ -38,6 +38,7 @@ def rank_environment(resolved: ResolvedStage, settings: Settings) -> dict[str, s
     env["HEADRACE_SCRATCH"] = str(settings.scratch)
     env["JOB_COMPLETION_INDEX"] = str(settings.index)
     env.setdefault("OMP_NUM_THREADS", str(default_threads(resolved.stage.compute.ranks)))
+    env["TMPDIR"] = str(settings.scratch)  # what torchrun and others leave goes with the attempt
     env["HF_HUB_OFFLINE"] = "1"
     env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "true")
     env["PYTHONUNBUFFERED"] = "1"
