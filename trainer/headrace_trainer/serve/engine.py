@@ -1,0 +1,92 @@
+"""The engine as a child: it dies with this process, its log passes through, and its last words are kept."""
+
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Thread
+
+from headrace_trainer.processes import die_with_parent, kill_session
+
+_LAST_LINES = 12
+_LAST_CHARACTERS = 1200
+"""An outcome's message has room for 2000."""
+_LOG_SECONDS = 2.0
+
+
+class EngineFailed(RuntimeError):
+    """The engine died, or does not answer as it should; the message ends with the last lines of its log."""
+
+
+class EngineProcess:
+    """A running engine. It has a session of its own, so that its workers can be ended with it.
+
+    The thread that makes it must live as long as it should: the kernel's death signal is about threads.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
+        self.name = " ".join([Path(command[0]).name, *command[1:2]])
+        self._process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        self._lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._log = Thread(target=self._pass_on, daemon=True)
+        self._log.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also its session's."""
+        return self._process.pid
+
+    def check(self) -> None:
+        """Do nothing while the engine runs.
+
+        Raises:
+            EngineFailed: it has ended.
+        """
+        code = self._process.poll()
+        if code is not None:
+            self._log.join(_LOG_SECONDS)
+            raise self.failed(_how_it_ended(code))
+
+    def failed(self, what: str) -> EngineFailed:
+        """An error that says what happened to which process, and what it logged last."""
+        last = "\n".join(self._lines)[-_LAST_CHARACTERS:] or "nothing"
+        return EngineFailed(f"{self.name} (process {self.pid}) {what}; its log ends with:\n{last}")
+
+    def stop(self, *, grace_seconds: float) -> None:
+        """End the engine and all of its session: by request, and after ``grace_seconds`` by force."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(grace_seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        kill_session(self.pid)
+        self._process.wait()
+        self._log.join(_LOG_SECONDS)
+
+    def _pass_on(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip():
+                self._lines.append(line.rstrip())
+                print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = "; if nobody did that, it may have run out of memory" if code == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{hint}"
