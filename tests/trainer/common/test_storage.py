@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from builders import STAGES
 from headrace_api.artifact import Artifact, ArtifactRef
 from headrace_api.contract import ResolvedStage, join_uri
-from headrace_api.run import Compute, Stage, Storage
+from headrace_api.run import Stage, Storage
 from headrace_trainer import artifacts
 from headrace_trainer.errors import StorageError, UserError
 from headrace_trainer.storage import ObjectInfo, open_store, open_uri
@@ -103,9 +104,9 @@ def test_addresses_of_no_known_kind(uri):
 
 
 def _resolved(storage: Storage, *, nodes: int = 1, attempt: int = 1, hash: str = "h1") -> ResolvedStage:
-    stage = Stage.model_validate({"name": "corpus", "corpus": {"sources": [{"uri": "/raw"}]}})
-    # Several pods are a gang's affair; what the files are makes no difference to how they are committed.
-    stage = stage.model_copy(update={"compute": Compute(nodes=nodes)})
+    # A gang: the one kind of stage that has several pods.
+    pretrain = STAGES["base"]["pretrain"] | {"parallelism": {}}
+    stage = Stage.model_validate({"name": "work", "compute": {"nodes": nodes}, "pretrain": pretrain})
     return ResolvedStage(
         run="demo",
         stage=stage,
@@ -113,7 +114,7 @@ def _resolved(storage: Storage, *, nodes: int = 1, attempt: int = 1, hash: str =
         seed=1,
         hash=hash,
         storage=storage,
-        output_uri=join_uri(storage.uri, "corpus"),
+        output_uri=join_uri(storage.uri, "work"),
     )
 
 
@@ -131,7 +132,7 @@ def _commit(storage: Storage, folder: Path, **kwargs) -> Artifact:
 
 
 def _ref(storage: Storage, artifact: Artifact) -> ArtifactRef:
-    return ArtifactRef(uri=join_uri(storage.uri, "corpus"), digest=artifact.digest, kind=artifact.kind)
+    return ArtifactRef(uri=join_uri(storage.uri, "work"), digest=artifact.digest, kind=artifact.kind)
 
 
 def test_a_committed_artifact_is_found_and_fetched_and_nothing_else_is_left(storage, tmp_path):
@@ -141,7 +142,7 @@ def test_a_committed_artifact_is_found_and_fetched_and_nothing_else_is_left(stor
     ref = _ref(storage, artifact)
     local = artifacts.fetch(open_uri(ref.uri, storage), ref, into=tmp_path / "in")
     assert {p.name: p.read_text() for p in local.iterdir() if p.name in "ab"} == {"a": "one", "b": "two"}
-    assert [i.key for i in store.list("")] == ["corpus/a", "corpus/artifact.json", "corpus/b"]
+    assert [i.key for i in store.list("")] == ["work/a", "work/artifact.json", "work/b"]
 
 
 def test_another_hash_is_another_result(storage, tmp_path):
@@ -151,7 +152,7 @@ def test_another_hash_is_another_result(storage, tmp_path):
 
 def test_a_missing_file_makes_a_result_unfinished(storage, tmp_path):
     _commit(storage, _folder(tmp_path / "out", a="one", b="two"))
-    open_store(storage).delete("corpus/b")
+    open_store(storage).delete("work/b")
     assert artifacts.find(open_store(storage), _resolved(storage)) is None
 
 
@@ -163,11 +164,9 @@ def test_an_artifact_without_its_manifest_is_not_there(storage, tmp_path):
 
 def test_a_corrupt_file_is_named_with_both_digests(storage, tmp_path):
     artifact = _commit(storage, _folder(tmp_path / "out", a="one"))
-    open_store(storage).put_bytes("corpus/a", b"0ne")
+    open_store(storage).put_bytes("work/a", b"0ne")
     ref = _ref(storage, artifact)
-    with pytest.raises(
-        StorageError, match=r"corpus/a: corrupt: sha256 is [0-9a-f]{12}, the manifest says [0-9a-f]{12}"
-    ):
+    with pytest.raises(StorageError, match=r"work/a: corrupt: sha256 is [0-9a-f]{12}, the manifest says [0-9a-f]{12}"):
         artifacts.fetch(open_uri(ref.uri, storage), ref, into=tmp_path / "in")
 
 
@@ -181,10 +180,10 @@ def test_an_artifact_that_was_replaced_is_refused(storage, tmp_path):
 
 def test_a_new_result_replaces_the_old_files_but_not_the_checkpoints(storage, tmp_path):
     _commit(storage, _folder(tmp_path / "one", old="1"))
-    open_store(storage).put_bytes("corpus/checkpoints/x", b"")
+    open_store(storage).put_bytes("work/checkpoints/x", b"")
     _commit(storage, _folder(tmp_path / "two", new="2"), hash="h2")
     keys = [i.key for i in open_store(storage).list("")]
-    assert keys == ["corpus/artifact.json", "corpus/checkpoints/x", "corpus/new"]
+    assert keys == ["work/artifact.json", "work/checkpoints/x", "work/new"]
 
 
 def test_pods_leave_parts_and_the_first_waits_for_the_others(storage, tmp_path):
