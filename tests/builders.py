@@ -40,7 +40,11 @@ def manifest(*stages: str, **spec: Any) -> dict[str, Any]:
         "apiVersion": "headrace.dev/v1alpha1",
         "kind": "TrainingRun",
         "metadata": {"name": "demo"},
-        "spec": {"storage": {"uri": "/store"}, **spec, "stages": [{"name": n, **copy.deepcopy(STAGES[n])} for n in names]},
+        "spec": {
+            "storage": {"uri": "/store"},
+            **spec,
+            "stages": [{"name": n, **copy.deepcopy(STAGES[n])} for n in names],
+        },
     }
 
 
