@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import socket
 import time
@@ -53,6 +54,8 @@ class Run:
     """Rank 0 kills itself when it has uploaded one file of the checkpoint of this step."""
     stop_at: int | None = None
     """The last rank is asked to stop while it reads the batch of this step."""
+    full_at: int | None = None
+    """The last rank can write no file of more than 20 kB from this step on, as on a disk that is nearly full."""
     nodes: bool = False
     """Whether every rank has a scratch folder of its own, as on nodes of their own."""
 
@@ -237,6 +240,8 @@ def _trouble(run: Run, ctx: Any, *, is_last: bool) -> Callable[[int], None]:
             os.kill(os.getpid(), signal.SIGKILL)
         if is_last and run.stop_at is not None and index >= run.stop_at * BATCH:
             (ctx.scratch / "stop").touch()
+        if is_last and run.full_at is not None and index >= run.full_at * BATCH:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     return at
 

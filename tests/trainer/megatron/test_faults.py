@@ -28,3 +28,11 @@ def test_fp8_without_a_gpu_names_the_field() -> None:
     ended = gang(ask_for_fp8, 1)
     assert ended[0].error == "UserError"
     assert ended[0].message.startswith("precision: 'fp8': found no GPU: use bf16")
+
+
+def test_a_full_disk_is_a_storage_error_on_every_rank(tmp_path: Path) -> None:
+    ended = train(Run(folder=tmp_path, steps=8, every=4, full_at=3), TP2)
+    assert [e.error for e in ended] == ["StorageError", "StorageError"]
+    assert "rank 1: " in ended[0].message
+    assert "check that the scratch volume has space" in ended[0].message
+    assert not list((tmp_path / "storage").rglob("checkpoint.json"))

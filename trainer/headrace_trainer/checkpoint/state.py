@@ -123,9 +123,11 @@ def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _as_storage_error(write: Callable[[], object], folder: Path) -> None:
-    """Run ``write``; a rank that could not write its files is named by torch in a ``CheckpointException``."""
+    """Run ``write``. Where any rank could not write its files, all raise; only the first knows which and why."""
     try:
         write()
     except CheckpointException as error:
-        said = "; ".join(str(cause) for cause, _ in error.failures.values())
+        said = (
+            "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()) or "another rank failed"
+        )
         raise StorageError(f"{folder}: {said}: check that the scratch volume has space and can be written") from error
