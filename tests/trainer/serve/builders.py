@@ -1,6 +1,5 @@
 """A small real model as an export leaves it, and a deployment of it under the real agent."""
 
-import json
 import os
 import pydoc_data.topics
 import signal
@@ -98,9 +97,12 @@ def deploy_stage(storage: Path, model: ArtifactRef, **fields: Any) -> ResolvedSt
 class Deployment:
     """A deploy stage under the real agent, in a process of its own."""
 
-    def __init__(self, folder: Path, storage: Path, model: ArtifactRef, *, port: int, **env: str) -> None:
+    def __init__(
+        self, folder: Path, storage: Path, model: ArtifactRef, *, port: int, reports: bool = True, **env: str
+    ) -> None:
         self.folder, self.scratch = folder, folder / "scratch"
-        resolved = deploy_stage(storage, model, port=port, progress_url=f"file://{folder}/progress.json")
+        progress_url = f"file://{folder}/progress.json" if reports else None
+        resolved = deploy_stage(storage, model, port=port, progress_url=progress_url)
         (folder / "stage.json").write_text(resolved.model_dump_json(by_alias=True, exclude_none=True))
         self.env = {k: v for k, v in os.environ.items() if k != "KUBERNETES_SERVICE_HOST"} | {
             "HEADRACE_SCRATCH": str(self.scratch),
@@ -177,8 +179,3 @@ def gone(processes: list[psutil.Process], *, seconds: float = 10) -> bool:
             return True
         time.sleep(0.05)
     return False
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file."""
-    return json.loads(path.read_text())

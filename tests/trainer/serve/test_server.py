@@ -22,7 +22,10 @@ def server(exported, tmp_path_factory):
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        deployment = Deployment(tmp_path_factory.mktemp("server"), exported.storage, exported.ref, port=taken)
+        folder = tmp_path_factory.mktemp("server")
+        # As in CI: a local run inside a pod is no part of the cluster around it.
+        env = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+        deployment = Deployment(folder, exported.storage, exported.ref, port=taken, **env)
         deployment.taken_port = taken
         deployment.wait_for(deployment.engine)
         deployment.ready_at_start = deployment.ready()
@@ -98,7 +101,7 @@ def test_a_killed_engine_fails_the_attempt_by_name(deploy):
 
 
 def test_in_a_pod_it_listens_where_the_service_looks_and_dies_with_a_killed_agent(deploy):
-    deployment = deploy(port=FIRST_PORT, KUBERNETES_SERVICE_HOST="10.0.0.1")
+    deployment = deploy(port=FIRST_PORT, reports=False, KUBERNETES_SERVICE_HOST="10.0.0.1")
     deployment.wait_for(deployment.engine)
     processes, words = deployment.processes(), command_line(deployment.engine())
     assert words[words.index("--host") :][:4] == ["--host", "0.0.0.0", "--port", str(FIRST_PORT)]

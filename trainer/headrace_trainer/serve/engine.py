@@ -1,5 +1,7 @@
 """The engine as a child: it dies with this process, its log passes through, and its last words are kept."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 
-from headrace_trainer.processes import die_with_parent, kill_session
+from headrace_trainer.processes import die_with_parent
 
 _LAST_LINES = 12
 _LAST_CHARACTERS = 1200
@@ -21,7 +23,8 @@ class EngineFailed(RuntimeError):
 
 
 class EngineProcess:
-    """A running engine. It has a session of its own, so that its workers can be ended with it.
+    """A running engine. It leads a process group, so that its workers can be ended with it; it stays in this process's
+    session, so that the agent's end of the session reaches them too, when this process was killed.
 
     The thread that makes it must live as long as it should: the kernel's death signal is about threads.
     """
@@ -37,7 +40,7 @@ class EngineProcess:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            process_group=0,
             preexec_fn=die_with_parent,
         )
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -46,7 +49,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, which is also its session's."""
+        """The process id, which is also its group's."""
         return self._process.pid
 
     def check(self) -> None:
@@ -66,14 +69,15 @@ class EngineProcess:
         return EngineFailed(f"{self.name} (process {self.pid}) {what}; its log ends with:\n{last}")
 
     def stop(self, *, grace_seconds: float) -> None:
-        """End the engine and all of its session: by request, and after ``grace_seconds`` by force."""
+        """End the engine and all of its group: by request, and after ``grace_seconds`` by force."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
                 self._process.wait(grace_seconds)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        kill_session(self.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._log.join(_LOG_SECONDS)
 

@@ -1,6 +1,7 @@
 """The order of a deployment: find the engine, fetch the model, start, wait for a completion, stay with it."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from headrace_trainer.serve.ready import SERVER_FILE
 from headrace_trainer.stage import StageContext, write_atomically
 
 _POLL_SECONDS = 0.2
+_REPORT_SECONDS = 5.0
+"""Each report of a server is a request to the operator, and says nothing new."""
 _START_SECONDS = 1800.0
 """Large models are read from disk for minutes; an engine that needs longer than this hangs."""
 _ANSWER_SECONDS = 60.0
@@ -61,11 +64,16 @@ def _engine_home(ctx: StageContext, served: Served) -> Path:
 @contextmanager
 def _place(ctx: StageContext, config: Deploy) -> Iterator[Place]:
     """In a pod the configured port is free, and the Service counts on it; elsewhere the next free one is claimed."""
-    if "KUBERNETES_SERVICE_HOST" in os.environ:
+    if _in_cluster(ctx):
         yield cluster_place(ctx.resolved, port=config.port)
     else:
         with claimed_port(config.port) as port:
             yield local_place(port)
+
+
+def _in_cluster(ctx: StageContext) -> bool:
+    """Whether the operator made this pod: a local run may be inside a pod too, as in CI, and reports to a file."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ and not (ctx.resolved.progress_url or "").startswith("file:")
 
 
 def _wait_for_answer(ctx: StageContext, engine: EngineProcess, place: Place) -> None:
@@ -87,13 +95,17 @@ def _wait_for_answer(ctx: StageContext, engine: EngineProcess, place: Place) -> 
 
 
 def _stay(ctx: StageContext, engine: EngineProcess, place: Place, *, model: str) -> NoReturn:
+    reported = -math.inf
     while True:
         _check(ctx, engine)
-        ctx.report(phase="Serving", endpoint=place.endpoint, message=f"{model} answers at {place.endpoint}")
+        if time.monotonic() - reported >= _REPORT_SECONDS:
+            reported = time.monotonic()
+            ctx.report(phase="Serving", endpoint=place.endpoint, message=f"{model} answers at {place.endpoint}")
         time.sleep(_POLL_SECONDS)
 
 
 def _check(ctx: StageContext, engine: EngineProcess) -> None:
     if ctx.stop_requested():
+        ctx.report(phase="Stopping", message="finishing the answers under way")
         raise Stopped("the server was asked to stop, and has ended")
     engine.check()
