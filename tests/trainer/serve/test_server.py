@@ -14,6 +14,8 @@ from trainer.serve.builders import FIRST_PORT, Deployment, command_line, gone
 
 NUM_TOKENS = 24
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(exported, tmp_path_factory):
