@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import kopf
 from aiohttp import web
+from kubernetes.aio.config import ConfigException
 
 from headrace_operator import logs, metrics, watch
 from headrace_operator.apply import Writer
@@ -170,7 +171,11 @@ async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
 
 async def run(settings: Settings) -> bool:
     """Run one replica; False if it ended without being told to."""
-    kube = await Kube.connect()
+    try:
+        kube = await Kube.connect()
+    except ConfigException as error:
+        logger.error("no way to the API server: %s; run in a pod with a service account, or set KUBECONFIG", error)
+        return False
     try:
         return await Operator(settings, kube).run()
     finally:

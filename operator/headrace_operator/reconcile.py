@@ -116,7 +116,12 @@ class Reconciler:
         return delay
 
     async def _refuse(self, key: RunKey, raw: Raw, error: ManifestError) -> None:
-        """Say what is wrong with a run, and leave what it may have running as it is."""
+        """Say what is wrong with a run, and leave what it may have running as it is.
+
+        A run that is complete was valid once: an operator that has become stricter does not take that back.
+        """
+        if is_complete(raw):
+            return
         status = refused_status(raw, error, now=self.clock())
         if status_delay(raw.get("status", {}), status, seconds_since_write=0.0) is not None:
             await self._write(key, raw, status)
@@ -135,6 +140,13 @@ def _parse(raw: Raw) -> TrainingRun:
             ["spec.storage.uri: missing; a run in a cluster names the place of its artifacts, as s3://bucket/run"]
         )
     return run
+
+
+def is_complete(raw: Raw) -> bool:
+    """Whether a run has finished what its present spec asks for."""
+    status = raw.get("status", {})
+    done = any(c["type"] == ConditionType.COMPLETE and c["status"] == "True" for c in status.get("conditions", []))
+    return done and status.get("observedGeneration") == raw["metadata"].get("generation")
 
 
 def refused_status(raw: Raw, error: ManifestError, *, now: datetime) -> dict[str, Any]:

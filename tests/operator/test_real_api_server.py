@@ -25,8 +25,8 @@ RUNTIME = {
 }
 
 
-def make_run(namespace: str, *stages: str, nodes: int = 1, **spec: Any) -> Json:
-    chosen = [{"name": name, **STAGES[name], "compute": {"nodes": nodes}} for name in stages]
+def make_run(namespace: str, *stages: str, **spec: Any) -> Json:
+    chosen = [{"name": name, **STAGES[name]} for name in stages]
     fields = {"runtime": "test", "storage": {"uri": "s3://bucket/demo"}, **spec}
     return {
         "apiVersion": "headrace.dev/v1alpha1",
@@ -54,12 +54,23 @@ class World:
     def status(self) -> Json:
         return dict(self.run().get("status", {}))
 
-    def pods(self, attempt: int) -> list[Json]:
-        return self.objects("pods", f"headrace.dev/run=demo,headrace.dev/attempt={attempt}")
+    def pods(self, attempt: int, stage: str = "corpus") -> list[Json]:
+        of_attempt = f"headrace.dev/run=demo,headrace.dev/stage={stage},headrace.dev/attempt={attempt}"
+        return sorted(self.objects("pods", of_attempt), key=lambda pod: str(pod["metadata"]["name"]))
 
-    def pods_of(self, attempt: int, *, count: int) -> list[Json]:
-        self.eventually(lambda: len(self.pods(attempt)) == count)
-        return self.pods(attempt)
+    def pods_of(self, attempt: int, *, count: int, stage: str = "corpus") -> list[Json]:
+        self.eventually(lambda: len(self.pods(attempt, stage)) == count)
+        return self.pods(attempt, stage)
+
+    def start_gang(self, **spec: Any) -> list[Json]:
+        """A run whose data stages have succeeded; returns the two pods of its pretraining."""
+        run = make_run(self.namespace, "corpus", "tok", "tokens", "base", **spec)
+        run["spec"]["stages"][3]["compute"] = {"nodes": 2, "ranksPerNode": 2}
+        self.plane.apply(run)
+        for stage in ("corpus", "tok", "tokens"):
+            (pod,) = self.pods_of(1, count=1, stage=stage)
+            self.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32}))
+        return self.pods_of(1, count=2, stage="base")
 
     def end_pod(self, pod: Json, *, exit_code: int, last_words: str = "") -> None:
         """Write the status that a kubelet writes when a container ends."""
@@ -89,23 +100,24 @@ def world(control_plane: Any, namespace: str, operator: Any, eventually: Callabl
     return World(control_plane, namespace, eventually)
 
 
-def test_a_run_becomes_a_job_whose_pods_a_restricted_namespace_admits(world: World) -> None:
-    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
-    pods = world.pods_of(1, count=2)
-    assert world.names("jobs") == world.names("services") == world.names("configmaps") == ["demo-corpus-1"]
+def test_a_gang_becomes_a_job_whose_pods_a_restricted_namespace_admits(world: World) -> None:
+    pods = world.start_gang()
+    for kind in ("jobs", "services", "configmaps"):
+        assert "demo-base-1" in world.names(kind)
     assert world.names("serviceaccounts") == ["headrace-demo"]
     assert {p["spec"]["nodeSelector"]["pool"] for p in pods} == {"gpu"}
     assert {p["spec"]["containers"][0]["command"][2] for p in pods} == {"headrace_trainer.agent"}
-    stage = json.loads(world.objects("configmaps")[0]["data"]["stage.json"])
-    assert (stage["run"], stage["attempt"], stage["outputUri"]) == ("demo", 1, "s3://bucket/demo/corpus")
+    config = next(c for c in world.objects("configmaps") if c["metadata"]["name"] == "demo-base-1")
+    stage = json.loads(config["data"]["stage.json"])
+    assert (stage["run"], stage["attempt"], stage["outputUri"]) == ("demo", 1, "s3://bucket/demo/base")
     assert world.status()["summary"] == "Running"
 
 
 def test_a_failed_gang_is_restarted_within_its_budget_and_then_fails_with_its_last_words(world: World) -> None:
-    world.plane.apply(make_run(world.namespace, "corpus", nodes=2, restartPolicy={"maxInfraRestarts": 1}))
+    world.start_gang(restartPolicy={"maxInfraRestarts": 1})
     words = {"fault": "process", "reason": "RanksFailed", "message": "rank 3 saw no light"}
     for attempt in (1, 2):
-        for pod in world.pods_of(attempt, count=2):
+        for pod in world.pods_of(attempt, count=2, stage="base"):
             world.end_pod(pod, exit_code=70, last_words=json.dumps(words))
     status = world.eventually(lambda: (s := world.status()).get("summary") == "Failed" and s)
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")
@@ -113,7 +125,7 @@ def test_a_failed_gang_is_restarted_within_its_budget_and_then_fails_with_its_la
     assert "rank 3 saw no light" in failed["message"]
     assert status["restarts"] == 1
     reasons = {e["reason"] for e in world.plane.get("-n", world.namespace, "events.events.k8s.io")["items"]}
-    assert {"AttemptStarted", "AttemptFailed", "StageFailed"} <= reasons
+    assert {"AttemptStarted", "AttemptFailed", "StageSucceeded", "StageFailed"} <= reasons
 
 
 def test_a_stage_that_succeeds_hands_its_artifact_to_the_next(world: World) -> None:
@@ -128,9 +140,8 @@ def test_a_stage_that_succeeds_hands_its_artifact_to_the_next(world: World) -> N
 
 
 def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, operator: Any) -> None:
-    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
-    world.pods_of(1, count=2)
-    world.eventually(lambda: world.status().get("summary") == "Running")
+    world.start_gang()
+    world.eventually(lambda: world.status().get("stage") == "base")
 
     def versions() -> dict[str, str]:
         found = [*world.objects("jobs,services,configmaps,serviceaccounts"), world.run()]
@@ -177,8 +188,7 @@ def test_a_suspended_run_loses_its_job_and_a_resumed_one_gets_the_next(world: Wo
 
 
 def test_nothing_is_left_of_a_deleted_run(world: World) -> None:
-    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
-    world.pods_of(1, count=2)
+    world.start_gang()
     world.plane.kubectl("-n", world.namespace, "delete", "trainingrun", "demo")
     world.eventually(lambda: world.names("jobs,services,configmaps,serviceaccounts,pods") == [])
 
@@ -236,7 +246,7 @@ class Reports:
         return str(self.world.plane.kubectl("-n", self.world.namespace, *command)).strip()
 
     def body(self, **changes: Any) -> Json:
-        progress = {"stage": "corpus", "attempt": 1, "done": 3, "total": 9, "unit": "documents"}
+        progress = {"stage": "base", "attempt": 1, "done": 3, "total": 9, "unit": "documents"}
         report = {"namespace": self.world.namespace, "run": "demo"}
         told = {k: v for k, v in changes.items() if k in report}
         progress |= {k: v for k, v in changes.items() if k not in report}
@@ -254,13 +264,12 @@ class Reports:
 
 @pytest.fixture
 def reports(world: World, operator: Any) -> Reports:
-    world.plane.apply(make_run(world.namespace, "corpus", nodes=2))
-    world.pods_of(1, count=2)
+    world.start_gang()
     return Reports(world, operator)
 
 
 def test_a_pods_report_becomes_the_runs_columns(reports: Reports) -> None:
-    first, _ = reports.world.pods(1)
+    first, _ = reports.world.pods(1, "base")
     assert reports.post(reports.token(first), reports.body()) == (204, "")
     reports.world.eventually(lambda: reports.world.status().get("step") == "3/9")
     assert reports.world.status()["progress"] == "33%"
@@ -268,7 +277,7 @@ def test_a_pods_report_becomes_the_runs_columns(reports: Reports) -> None:
 
 
 def test_a_pod_reports_for_itself_only(reports: Reports) -> None:
-    first, second = sorted(reports.world.pods(1), key=lambda p: p["metadata"]["name"])
+    first, second = reports.world.pods(1, "base")
     own = reports.token(first)
     cases = [
         (reports.token(first, audience="https://kubernetes.default.svc"), reports.body(), 401, "audience"),

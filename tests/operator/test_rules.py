@@ -13,7 +13,7 @@ from headrace_operator.apply import status_delay
 from headrace_operator.leader import may_claim
 from headrace_operator.metrics import REGISTRY, RunCollector
 from headrace_operator.progress import PodIdentity, Refusal, check, identity
-from headrace_operator.reconcile import refused_status
+from headrace_operator.reconcile import is_complete, refused_status
 from headrace_operator.records import PodRecord, pod_record
 from headrace_operator.settings import Settings
 
@@ -125,6 +125,14 @@ def test_a_refused_run_keeps_what_was_known_of_it() -> None:
         {**raw, "status": status}, ManifestError(["spec.seed: -1: too small"]), now=datetime.now(UTC)
     )
     assert again == status, "a refusal that is repeated changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("generation", "complete", "kept"), [(4, "True", True), (5, "True", False), (4, "False", False)]
+)
+def test_a_complete_run_stays_so_until_its_spec_changes(generation: int, complete: str, kept: bool) -> None:
+    status = {"observedGeneration": 4, "conditions": [{"type": "Complete", "status": complete}]}
+    assert is_complete({"metadata": {"generation": generation}, "status": status}) is kept
 
 
 def test_settings_have_defaults_and_say_what_is_wrong() -> None:
