@@ -24,17 +24,17 @@ lint: setup ## Style, types, import contracts, generated files
 	$(BIN)/lint-imports
 	$(BIN)/python -m headrace_api.crd --check
 
-test-unit: setup ## Pure functions, tables of cases, the chart's text: seconds
-	$(BIN)/pytest tests/api tests/plan tests/cli tests/operator tests/charts tests/repo
+test-unit: setup ## Pure functions and tables of cases: seconds
+	$(BIN)/pytest tests/api tests/plan tests/repo tests/operator --ignore=tests/operator/test_real_api_server.py
 
-test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3: minutes
+test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3, serving: minutes
 	$(BIN)/pytest tests/trainer
 
 test-local: setup ## Whole runs with `headrace run`, faults injected: minutes
 	$(BIN)/pytest tests/local
 
-test-cluster: setup cluster-up ## A real cluster: the chart, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
-	$(BIN)/pytest tests/cluster
+test-cluster: setup cluster-build ## A real cluster: chart, operator, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
+	$(BIN)/pytest tests/charts tests/operator/test_real_api_server.py tests/cluster
 
 crds: setup ## Generate manifests/crd from the classes
 	$(BIN)/python -m headrace_api.crd

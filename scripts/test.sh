@@ -1,0 +1,51 @@
+#!/bin/sh
+# Every tier of tests, one after the other, and a table of how they ended. The cluster's programs are built meanwhile.
+# The cluster tier needs root, or HEADRACE_TEST_KUBECONFIG; where it cannot run it is skipped, and in CI that is a failure.
+set -u
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+results=$(mktemp)
+trap 'rm -f "$results" "$results".*' EXIT
+failed=0
+
+tier() {
+    name=$1
+    shift
+    echo
+    echo "== $name"
+    began=$(date +%s)
+    if "$@"; then how=passed; else how=FAILED; failed=1; fi
+    printf '%-10s %-8s %5d s\n' "$name" "$how" $(($(date +%s) - began)) >> "$results"
+}
+
+build_cluster() {
+    # At a low priority: the tiers below need the processors too.
+    nice -n 15 make --no-print-directory cluster-build > "$results.build" 2>&1
+}
+
+wait_for_build() {
+    wait "$build" && return 0
+    cat "$results.build"
+    echo "error: the test cluster's programs were not built"
+    return 1
+}
+
+build_cluster &
+build=$!
+tier lint make --no-print-directory lint
+tier unit make --no-print-directory test-unit
+tier trainer make --no-print-directory test-trainer
+tier local make --no-print-directory test-local
+tier build wait_for_build
+if [ "$(id -u)" = 0 ] || [ -n "${HEADRACE_TEST_KUBECONFIG:-}" ]; then
+    tier cluster make --no-print-directory test-cluster
+    tier down make --no-print-directory cluster-down
+elif [ "${CI:-}" = true ]; then
+    tier cluster sh -c 'echo "error: the cluster tier needs root or HEADRACE_TEST_KUBECONFIG"; exit 1'
+else
+    printf '%-10s %-8s %s\n' cluster skipped "needs root, or HEADRACE_TEST_KUBECONFIG" >> "$results"
+fi
+
+echo
+cat "$results"
+exit $failed
