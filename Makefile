@@ -33,7 +33,7 @@ test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3,
 test-local: setup ## Whole runs with `headrace run`, faults injected: minutes
 	$(BIN)/pytest tests/local
 
-test-cluster: setup cluster-build ## A real cluster: chart, operator, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
+test-cluster: setup cluster-up ## A real cluster: chart, operator, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
 	$(BIN)/pytest tests/charts tests/operator/test_real_api_server.py tests/cluster
 
 crds: setup ## Generate manifests/crd from the classes
