@@ -1,51 +1,88 @@
-"""The picture of a training: loss over steps, the held-out loss, and the unigram baseline's."""
+"""The picture of a training: loss over steps, the held-out loss, and the unigram baseline's.
+
+In: ``history.jsonl`` of a pretrain stage. Out: a PNG.
+"""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # before pyplot: there is no screen
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-_INK, _TRAIN, _HELD_OUT, _BASELINE = "#222222", "#2a78b5", "#c8502d", "#7a7a7a"
+CURVE_FILE = "loss_curve.png"
+
+_TRAINING, _HELD_OUT, _BASELINE = "#2a78b5", "#c8502d", "#6a6a6a"
+_SMOOTHED_FROM = 150
+"""Points above which single steps are noise, and their running mean is drawn over them."""
+_COUNT = EngFormatter(sep="")
+"""Counts as people read them: 7.5M."""
+_PERPLEXITIES = [m * 10**e for e in range(6) for m in (1, 2, 5)]
 
 
-def draw_curve(history: Path, *, unigram_loss: float, title: str, out: Path) -> None:
+def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters: int, out: Path) -> None:
     """Draw the loss curve as a PNG.
 
     Args:
         history: ``history.jsonl`` of the pretrain stage.
         unigram_loss: the baseline's mean loss on held-out text, in nats a token.
-        title: what was trained.
+        name: what was trained.
+        num_parameters: how large it is.
         out: where the picture goes.
     """
     records = [json.loads(line) for line in history.read_text().splitlines()]
-    held_out = [(r["tokens"], r["validation_loss"]) for r in records if "validation_loss" in r]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot([r["tokens"] for r in records], [r["loss"] for r in records], color=_TRAIN, lw=1, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color=_HELD_OUT, ms=4, lw=1.2, label="held-out text")
-    axes.axhline(unigram_loss, color=_BASELINE, ls="--", lw=1.2, label="unigram baseline")
-    axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("loss, nats per token")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    axes.set_title(title, loc="left", color=_INK)
+    figure, axes = plt.subplots(figsize=(8.5, 5), dpi=130, layout="constrained")
+    _draw_training(axes, records)
+    _draw_held_out(axes, records)
+    axes.axhline(unigram_loss, color=_BASELINE, ls="--", lw=1.2, label=f"unigram baseline ({unigram_loss:.2f})")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
+    axes.set_title(f"{name}: {_COUNT(num_parameters)} parameters", loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+    _add_token_axis(axes, tokens_per_step=records[-1]["tokens"] / records[-1]["step"])
     _add_perplexity_axis(axes)
     axes.legend(frameon=False)
-    figure.savefig(out, metadata={"Software": None})
+    figure.savefig(out, metadata={"Software": None})  # the same picture from every version of matplotlib
     plt.close(figure)
 
 
-def _add_perplexity_axis(axes: plt.Axes) -> None:
-    """The same curve read as perplexity: its ticks are exp(loss)."""
-    right = axes.twinx()
-    right.set_ylim(*axes.get_ylim())
+def _draw_training(axes: Axes, records: list[dict[str, Any]]) -> None:
+    steps, losses = (np.array([r[key] for r in records]) for key in ("step", "loss"))
+    if len(records) < _SMOOTHED_FROM:
+        axes.plot(steps, losses, color=_TRAINING, lw=1.2, label="training")
+        return
+    width = len(records) // 50 | 1
+    mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(steps, losses, color=_TRAINING, lw=0.6, alpha=0.3)
+    axes.plot(
+        steps[width // 2 : -(width // 2)], mean, color=_TRAINING, lw=1.6, label=f"training (mean of {width} steps)"
+    )
+
+
+def _draw_held_out(axes: Axes, records: list[dict[str, Any]]) -> None:
+    measured = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    if measured:
+        label = f"held-out text ({measured[-1][1]:.2f} at the end)"
+        axes.plot(*zip(*measured, strict=True), "o-", color=_HELD_OUT, ms=4, lw=1.2, label=label)
+
+
+def _add_token_axis(axes: Axes, *, tokens_per_step: float) -> None:
+    top = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
+    top.xaxis.set_major_formatter(_COUNT)
+    top.set_xlabel("tokens trained on")
+
+
+def _add_perplexity_axis(axes: Axes) -> None:
+    """The same curve read as perplexity: its marks are at exp(loss)."""
     low, high = axes.get_ylim()
-    marks = [p for p in (2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000) if low <= math.log(p) <= high]
+    marks = [p for p in _PERPLEXITIES if low <= math.log(p) <= high]
+    right = axes.secondary_yaxis("right")
     right.set_yticks([math.log(p) for p in marks], [f"{p:,}" for p in marks])
-    right.set_ylabel("perplexity")
-    right.spines[["top", "left"]].set_visible(False)
+    right.set_ylabel("perplexity = exp(loss)")

@@ -8,7 +8,7 @@ def surprisal(probability: float) -> float:
 
     The loss of a language model is the mean surprisal of the tokens that came.
     """
-    return -math.log(probability)
+    return 0.0 - math.log(probability)  # not a mere minus sign: that would print certainty as -0.000
 
 
 def perplexity(loss: float) -> float:
