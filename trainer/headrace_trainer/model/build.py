@@ -80,7 +80,11 @@ def check_precision(precision: Precision) -> None:
 def transformer_config(
     architecture: Architecture, *, layout: Layout, sequence_length: int, precision: Precision
 ) -> TransformerConfig:
-    """Megatron's configuration of the Llama family's shape."""
+    """Megatron's configuration of the Llama family's shape.
+
+    Megatron's own initialization stays on although ``start`` replaces its weights: it is what marks the matrices as
+    split over tensor ranks, and without the marks gradient norms leave out all ranks but the first.
+    """
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
