@@ -10,6 +10,7 @@ lock() {
         --no-emit-index-url --no-emit-find-links --output-file "requirements/$out.txt" "$@"
 }
 echo "uv>=0.9" | lock uv "$@" -
+echo "setuptools>=77" | lock build "$@" -
 lock dev pyproject.toml --extra operator --extra trainer --extra dev "$@"
 lock operator pyproject.toml --extra operator --constraint requirements/dev.txt "$@"
 lock trainer pyproject.toml --extra trainer --constraint requirements/dev.txt "$@"

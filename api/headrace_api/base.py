@@ -93,7 +93,7 @@ Cadence = Annotated[
 ]
 """Every so many steps (a number) or every so much time (``30m``)."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
 """A name that may become part of a Kubernetes object's name."""
 
 Uri = Annotated[str, Field(min_length=1, max_length=1024)]

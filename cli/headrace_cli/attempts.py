@@ -55,11 +55,12 @@ class LocalAttempts:
         (folder / "processes.json").write_text(json.dumps(agents))
 
     def stop(self, stage: str, number: int) -> None:
-        """Ask an attempt's agents to save and exit; remove the folder of one that has ended."""
+        """Ask an attempt's agents to save and exit; remove the folder of one that has ended, but for the newest's log."""
         folder = self._folder(stage, number)
         live = [p for p in _processes(folder) if p is not None]
         if not live:
-            shutil.rmtree(folder, ignore_errors=True)
+            if self._folder(stage, number + 1).exists():
+                shutil.rmtree(folder, ignore_errors=True)
             return
         note = folder / "stop-requested"
         if not note.exists():

@@ -25,7 +25,7 @@ from headrace_operator.runs import Runs, key_of
 
 PROGRESS_SECONDS = 10.0
 """How often a status is written for nothing but progress."""
-_PROGRESS_FIELDS = frozenset({"step", "progress", "loss", "tokensPerSecond", "eta", "phaseMessage", "checkpoint"})
+_PROGRESS_FIELDS = frozenset({"step", "progress", "loss", "tokensPerSecond", "eta", "phaseMessage"})
 _LONGEST_NOTE = 1024
 
 

@@ -62,7 +62,8 @@ def plan_stage(
     if run.spec.suspend:
         return decide.suspend(status)
     if status.state is StageState.FAILED:
-        return StagePlan(status=status, stop=decide.numbers_live())
+        # A server that failed may still be started again and again by its Deployment.
+        return StagePlan(status=status, stop=decide.numbers_live(failed=stage.config.RUNS_AS is RunsAs.SERVICE))
     return decide.advance(status)
 
 
@@ -90,8 +91,9 @@ class _Stage:
     attempts: tuple[Attempt, ...]
     observed: Observed
 
-    def numbers_live(self, *, besides: int = 0) -> tuple[int, ...]:
-        return tuple(a.number for a in self.attempts if a.state in LIVE and a.number != besides)
+    def numbers_live(self, *, besides: int = 0, failed: bool = False) -> tuple[int, ...]:
+        states = LIVE | {AttemptState.FAILED} if failed else LIVE
+        return tuple(a.number for a in self.attempts if a.state in states and a.number != besides)
 
     def suspend(self, status: StageStatus) -> StagePlan:
         """Stop after a checkpoint; a failed stage gets its budgets back, so that resuming tries again."""

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+
 from workplace import STAGES, Workplace
 
 
@@ -44,8 +46,7 @@ def test_progress_was_told_while_it_ran(headrace):
 def test_the_paths_that_the_end_names_are_there(headrace):
     words = headrace.first.out.split()
     picture = next(w for w in words if w.endswith("loss_curve.png"))
-    with open(picture, "rb") as file:
-        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert Path(picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (headrace.artifact("ship") / "model.safetensors").exists()
     assert str(headrace.artifact("ship")) in headrace.first.out
 

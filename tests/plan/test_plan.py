@@ -351,3 +351,14 @@ def test_conditions_keep_the_time_of_their_last_change():
     times = {c.type: c.last_transition_time for c in it.run.status.conditions}
     assert times[ConditionType.COMPLETE] == START + timedelta(seconds=90)
     assert times[ConditionType.FAILED] == START
+
+
+def test_a_server_that_failed_for_good_is_taken_down():
+    it = body("corpus", "tok", "tokens", "base", "ship", "serve", restartPolicy={"maxUserRestarts": 0})
+    for digest in "ctsbx":
+        it.end(succeeded(digest))
+    it.end(failed(FaultClass.USER, message="no such engine"))
+    assert it.run.status.condition(ConditionType.FAILED)
+    decided = it.step()
+    assert [(k.stage, k.number) for k in decided.stop] == [("serve", 1)]
+    assert decided.start == ()

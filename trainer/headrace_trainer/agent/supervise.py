@@ -22,10 +22,12 @@ from headrace_trainer.agent.outcomes import exit_code_of, explain
 from headrace_trainer.agent.reporter import Reporter
 from headrace_trainer.agent.settings import Settings
 from headrace_trainer.processes import die_with_parent, kill_session
-from headrace_trainer.stage import STOP_FILE, outcome_of, write_atomically
+from headrace_trainer.stage import STOP_FILE, outcome_of
 from headrace_trainer.storage import open_store
 
 _POLL_SECONDS = 0.2
+_MESSAGE_CHARACTERS = 800
+"""Of four bytes each at the most; the rest of an outcome is small."""
 
 log = logging.getLogger("headrace.agent")
 
@@ -43,11 +45,20 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         outcome, _ = outcome_of(error, rank=0)
     outcome = outcome.model_copy(update={"node": settings.node})
-    write_atomically(settings.termination_file, outcome.model_dump_json(by_alias=True, exclude_none=True)[:4000])
+    write_termination_message(settings.termination_file, outcome)
     reporter.finish(outcome)
     log.info("%s: %s %s", resolved.stage.name, outcome.reason, outcome.message)
     shutil.rmtree(settings.scratch, ignore_errors=True)
     return exit_code_of(outcome)
+
+
+def write_termination_message(path: Path, outcome: Outcome) -> None:
+    """Leave the outcome where the kubelet reads it, which takes no more than 4096 bytes.
+
+    In place: in a pod the file is a mount of its own, and cannot be replaced.
+    """
+    shortened = outcome.model_copy(update={"message": outcome.message[:_MESSAGE_CHARACTERS]})
+    path.write_text(shortened.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def done_already(resolved: ResolvedStage) -> Outcome | None:
