@@ -113,14 +113,16 @@ class Runs:
         return list(self.cluster.get("pods", "-n", self.namespace, "-l", labels)["items"])
 
     def wait_complete(self, name: str, *, seconds: int = 420) -> None:
-        """`kubectl wait`, as users do; a failure shows the run and the operator's last words."""
+        """Wait for the end, then `kubectl wait` as users do; a failure shows the run and the operator's last words."""
         try:
-            self.cluster.kubectl(
-                "wait", "--for=condition=Complete", f"trun/{name}", "-n", self.namespace, f"--timeout={seconds}s",
-                timeout_seconds=seconds + 30,
-            )  # fmt: skip
+            self.cluster.wait(lambda: self._ended(name), f"{name} to end", timeout_seconds=seconds)
+            condition = ["--for=condition=Complete", f"trun/{name}", "-n", self.namespace, "--timeout=5s"]
+            self.cluster.kubectl("wait", *condition)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.explain(name)}") from error
+
+    def _ended(self, name: str) -> bool:
+        return self.get(name).get("status", {}).get("summary") in ("Complete", "Failed")
 
     def explain(self, name: str) -> str:
         """Everything that tells why a run is where it is."""
