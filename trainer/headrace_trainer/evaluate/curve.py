@@ -74,7 +74,8 @@ def _draw_held_out(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def _add_token_axis(axes: Axes, *, tokens_per_step: float) -> None:
-    top = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
+    functions = (lambda steps: np.multiply(steps, tokens_per_step), lambda tokens: np.divide(tokens, tokens_per_step))
+    top = axes.secondary_xaxis("top", functions=functions)
     top.xaxis.set_major_formatter(_COUNT)
     top.set_xlabel("tokens trained on")
 

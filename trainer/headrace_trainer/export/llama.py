@@ -39,7 +39,8 @@ def to_llama(weights: dict[str, torch.Tensor], card: ModelCard) -> dict[str, tor
     for layer in range(arch.layers):
         for name, tensor in _layer({k: v[layer] for k, v in weights.items() if k.startswith(_LAYER)}, arch):
             named[f"model.layers.{layer}.{name}"] = tensor
-    return {name: tensor.contiguous() for name, tensor in named.items()}
+    # Each with memory of its own: a file holds no part of a stack.
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
 
 
 def _layer(weights: dict[str, torch.Tensor], arch: Architecture) -> Iterator[Named]:

@@ -1,6 +1,11 @@
-"""The gate before an export counts: what was written is loaded again, and is the model that was trained."""
+"""The gate before an export counts: what was written is loaded again, and is the model that was trained.
 
+Exports are known to fail silently: weights left out where names changed, zeros where shapes did.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,18 +21,35 @@ def check_export(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         expected: the tensors that were written.
 
     Raises:
-        RuntimeError: a weight is missing, unexpected or different, or the model's output is not finite.
+        RuntimeError: a weight is missing, unexpected, different or zero, or the model's output is not finite.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    wrong = {k: sorted(v) for k, v in info.items() if v}
+    model = _load(folder)
+    wrong = "; ".join(_wrong_weights(model, expected))
     if wrong:
-        raise RuntimeError(f"{folder}: transformers does not load what was exported: {wrong}")
-    loaded = model.state_dict()
-    differing = [name for name, tensor in expected.items() if not torch.equal(loaded[name], tensor)]
-    if differing:
-        raise RuntimeError(f"{folder}: weights changed on their way: {', '.join(differing)}")
+        raise RuntimeError(f"{folder}: {wrong}")
     ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(_PROBE, return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(ids).logits
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError(f"{folder}: the exported model's logits are not finite")
+
+
+def _load(folder: Path) -> torch.nn.Module:
+    found: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    model, info = found
+    wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
+    if wrong:
+        raise RuntimeError(f"{folder}: transformers does not load what was exported: {wrong}")
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def _wrong_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> Iterator[str]:
+    loaded = model.state_dict()
+    differing = [name for name, tensor in expected.items() if not torch.equal(loaded[name], tensor)]
+    # No weight of a trained model is zero throughout: then it was never read.
+    zero = [name for name, tensor in loaded.items() if not bool(tensor.any())]
+    if differing:
+        yield f"weights changed on their way: {', '.join(differing)}"
+    if zero:
+        yield f"weights are zero: {', '.join(zero)}"
