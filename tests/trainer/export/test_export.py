@@ -133,6 +133,8 @@ def test_the_folder_is_what_people_expect(exported):
     assert (config["vocab_size"], config["num_key_value_heads"], config["eos_token_id"]) == (VOCAB, 2, 0)
     generation = json.loads((exported.folder / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["do_sample"], generation["temperature"]) == (0, True, 0.8)
+    # Servers take a length from here for every request's, and warn of each that names another.
+    assert not {"max_length", "max_new_tokens"} & generation.keys()
 
 
 def test_the_card_tells_what_the_artifacts_tell(exported):

@@ -93,6 +93,15 @@ def test_the_workers_of_an_engine_end_with_it(tmp_path, capfd):
     assert gone([worker])
 
 
+def test_an_engine_leads_a_group_in_the_session_that_the_agent_ends(tmp_path):
+    engine = start("import time; time.sleep(600)", tmp_path)
+    try:
+        assert os.getpgid(engine.pid) == engine.pid
+        assert os.getsid(engine.pid) == os.getsid(0)
+    finally:
+        engine.stop(grace_seconds=5)
+
+
 def test_an_engine_dies_with_a_killed_parent(tmp_path):
     program = (
         "import os, sys, time; from pathlib import Path\n"

@@ -61,4 +61,4 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], card: ModelCard,
     llama_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
     ids = {"bos_token_id": card.eod_id, "eos_token_id": card.eod_id, "pad_token_id": card.eod_id}
     generation: Any = GenerationConfig
-    generation(**ids, **_SAMPLING, max_length=card.sequence_length).save_pretrained(folder)
+    generation(**ids, **_SAMPLING).save_pretrained(folder)

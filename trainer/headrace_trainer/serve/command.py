@@ -1,4 +1,13 @@
-"""What is started: the command and environment of each engine. Pure, but for the look at what is installed."""
+"""What is started: the command and environment of each engine. Pure, but for the look at what is installed.
+
+Both engines speak OpenAI's protocol. ``/v1/models`` lists the one model, under the name ``<run>/<export stage>``.
+``/v1/completions`` continues a text: greedily with ``"temperature": 0``, else as the export's generation_config.json says;
+``"stream": true`` streams. ``/v1/chat/completions`` needs a chat template in the tokenizer, which a model that was only
+pretrained does not have: transformers answers 500 then, and refuses with 400 a request for another model's name.
+
+transformers is started without ``--continuous-batching``: in 5.23 the sampling settings of the first request would be
+those of every later one, and the first request asks for one greedy token.
+"""
 
 import os
 import shutil
