@@ -92,7 +92,7 @@ def test_suspending_saves_and_frees_the_pods_and_resuming_goes_on(runs: Runs) ->
     saved = runs.get("third")["status"]["checkpoint"]
     assert saved["step"] >= 3
     assert saved["uri"].startswith(f"s3://{runs.bucket}/store/base-suspended/checkpoints/")
-    assert runs.pods("third", "base-suspended") == []
+    runs.cluster.wait(lambda: runs.pods("third", "base-suspended") == [], "the pods to be gone", timeout_seconds=60)
     _set_suspend(runs, "third", False)
     runs.wait_complete("third")
     assert runs.get("third")["status"]["restarts"] == 0
@@ -130,7 +130,7 @@ def test_deleting_a_run_leaves_no_object_behind(runs: Runs, name: str) -> None:
             "precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
         ),
         (("sequenceLength",), 1, "spec.stages[3].pretrain.sequenceLength"),
-        (("learningRat",), 1, 'unknown field "spec.stages[3].pretrain.learningRat"'),
+        (("learningRat",), 1, 'unknown field "learningRat"'),
     ],
 )
 def test_the_api_server_refuses_a_run_that_cannot_work(runs: Runs, path, value, expected) -> None:
@@ -159,7 +159,7 @@ def test_explain_shows_the_fields_with_their_meaning(cluster: Cluster, operator:
 def test_no_secret_is_in_a_status_a_log_or_a_config_map(runs: Runs) -> None:
     runs.cluster.apply(runs.manifest("quiet", *DATA))
     runs.wait_complete("quiet")
-    told = runs.cluster.kubectl("get", "configmaps,truns,jobs,events,pods", "-n", runs.namespace, "-o", "json")
+    told = runs.cluster.kubectl("get", "configmaps,trun,jobs,events,pods", "-n", runs.namespace, "-o", "json")
     logs = "".join(
         runs.cluster.kubectl("logs", p["metadata"]["name"], "-n", runs.namespace)
         for s in DATA
