@@ -63,7 +63,7 @@ class Progress(Spec):
     attempt: int
     """attempt counts from 1."""
     phase: str = Field("Starting", max_length=32)
-    """phase is what the ranks do now: Starting, Running, Saving, Evaluating, Serving or Stopping."""
+    """phase is what the ranks do now: Starting, Loading, Running, Saving, Evaluating, Serving or Stopping."""
     done: int = 0
     """done counts finished units."""
     total: int | None = None
