@@ -3,11 +3,8 @@
 #   docker build --target operator -t headrace-operator:0.1.0 .
 #   docker build --target trainer  -t headrace-trainer:0.1.0 .
 #
-# FP8 needs Transformer Engine, which is compiled against torch and so needs a base with Python 3.11 or newer and CUDA's
-# compiler (nvcc, cuDNN's and NCCL's headers):
-#
-#   docker build --target trainer --build-arg BASE_IMAGE=<python and the CUDA toolkit> \
-#     --build-arg TRANSFORMER_ENGINE=2.20.0 -t headrace-trainer:0.1.0-te .
+# The trainer has Transformer Engine, which is compiled against torch: its base needs Python 3.11 or newer and CUDA's compiler
+# (nvcc, cuDNN's and NCCL's headers). Without GPUs leave it out with --build-arg TRANSFORMER_ENGINE= on any base.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS base
@@ -38,7 +35,7 @@ RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
  && python -m pip uninstall --yes pip
 
 FROM base AS trainer-environment
-ARG TRANSFORMER_ENGINE=""
+ARG TRANSFORMER_ENGINE=2.20.2
 COPY requirements/trainer.txt requirements/build.txt requirements/
 RUN python3 -m venv /opt/headrace \
  && python -m pip install --no-cache-dir --require-hashes --requirement requirements/build.txt \

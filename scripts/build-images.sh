@@ -4,7 +4,8 @@
 #
 # BASE_IMAGE   an image with Python 3.11 or newer; Debian made by debootstrap if unset, so that no image registry is needed
 # TAG          tag of the images (default 0.1.0)
-# PIP_CERT, PIP_INDEX_URL and their like are handed to pip; BUILD_FLAGS are handed to buildah
+# BUILD_FLAGS  as --build-arg=TRANSFORMER_ENGINE= for a trainer without Transformer Engine, on a base without CUDA
+# PIP_CERT, PIP_INDEX_URL and their like are handed to pip
 set -eu
 cd "$(dirname "$0")/.."
 tag=${TAG:-0.1.0}
