@@ -24,7 +24,7 @@ app = typer.Typer(
     name="headrace", no_args_is_help=True, add_completion=False, help="From raw text to a served language model.",
     pretty_exceptions_enable=False,
 )  # fmt: skip
-_PLAIN_WIDTH = 120
+_PLAIN_WIDTH = 140
 """Columns of a table that goes to a file or a pipe."""
 
 
