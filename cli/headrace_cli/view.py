@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
 from headrace_operator.plan import Event
@@ -42,9 +43,10 @@ class RunView:
 
     def __call__(self, run: TrainingRun, events: tuple[Event, ...]) -> None:
         for event in events:
-            colour = "red" if event.type == "Warning" else "default"
-            self._console.print(f"{datetime.now():%H:%M:%S} [{colour}]{event.reason}[/] ", end="")
-            self._console.print(event.message, markup=False, highlight=False, soft_wrap=True)
+            style = "red" if event.type == "Warning" else "bold"
+            # One print: a live table below would overwrite a line that is not ended.
+            line = Text.assemble(f"{datetime.now():%H:%M:%S} ", (event.reason, style), f" {event.message}")
+            self._console.print(line, soft_wrap=True)
         if self._live is not None:
             self._live.update(live_table(run))
         else:
