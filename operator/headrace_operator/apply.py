@@ -172,7 +172,7 @@ class Writer:
 
 
 def status_delay(stored: dict[str, Any], wanted: dict[str, Any], *, seconds_since_write: float) -> float | None:
-    """When a status is to be written: None for never, 0 for now, more if only progress differs from a recent write."""
+    """When a status is to be written: None for never, 0 for at once, more if only progress differs from a recent write."""
     changed = {k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)}
     if not changed:
         return None
