@@ -1,10 +1,10 @@
-# Two images: `operator`, without torch, and `trainer`.
+# Two images, on any Debian with Python 3.11 or newer: `operator`, without torch, and `trainer`.
 #
 #   docker build --target operator -t headrace-operator:0.1.0 .
 #   docker build --target trainer  -t headrace-trainer:0.1.0 .
 #
-# The trainer has Transformer Engine, which is compiled against torch: its base needs Python 3.11 or newer and CUDA's compiler
-# (nvcc, cuDNN's and NCCL's headers). Without GPUs leave it out with --build-arg TRANSFORMER_ENGINE= on any base.
+# The trainer has Transformer Engine, compiled here against its torch: half an hour on two cores. Without GPUs leave it out
+# with --build-arg REQUIREMENTS=trainer.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS base
@@ -34,19 +34,28 @@ COPY --from=wheel /wheels /wheels
 RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
  && python -m pip uninstall --yes pip
 
-FROM base AS trainer-environment
-ARG TRANSFORMER_ENGINE=2.20.2
-COPY requirements/trainer.txt requirements/build.txt requirements/
+# Triton and torch.compile call a C compiler while they train.
+FROM base AS trainer-base
+RUN headers=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+ && apt-get update \
+ && apt-get install --yes --no-install-recommends g++ $([ -e "$headers/Python.h" ] || echo python3-dev) \
+ && rm -rf /var/lib/apt/lists/*
+
+FROM trainer-base AS trainer-environment
+COPY requirements/build.txt requirements/trainer.txt requirements/
 RUN python3 -m venv /opt/headrace \
  && python -m pip install --no-cache-dir --require-hashes --requirement requirements/build.txt \
  && python -m pip install --no-cache-dir --require-hashes --requirement requirements/trainer.txt
-RUN if [ -n "$TRANSFORMER_ENGINE" ]; then \
-      python -m pip install --no-cache-dir --no-build-isolation "transformer-engine[pytorch]==$TRANSFORMER_ENGINE"; \
-    fi
+# Its own way would be to look for a ready-made wheel elsewhere, which no hash covers.
+ARG REQUIREMENTS=gpu
+COPY requirements/$REQUIREMENTS.txt requirements/
+RUN NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE \
+    python -m pip install --no-cache-dir --no-build-isolation --require-hashes --requirement requirements/$REQUIREMENTS.txt
 COPY --from=wheel /wheels /wheels
-RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl
+RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
+ && python -m pip uninstall --yes pip
 
-FROM base AS trainer
+FROM trainer-base AS trainer
 COPY --from=trainer-environment /opt/headrace /opt/headrace
 USER 65532:65532
 EXPOSE 9400

@@ -4,13 +4,28 @@
 #
 # BASE_IMAGE   an image with Python 3.11 or newer; Debian made by debootstrap if unset, so that no image registry is needed
 # TAG          tag of the images (default 0.1.0)
-# BUILD_FLAGS  as --build-arg=TRANSFORMER_ENGINE= for a trainer without Transformer Engine, on a base without CUDA
-# PIP_CERT, PIP_INDEX_URL and their like are handed to pip
+# BUILD_FLAGS  more flags of `buildah build`
+# STORE        folder for buildah's images and layers, instead of the machine's own store
+# ARCHIVES     folder to write TARGET.tar into too, as `docker save` would
+# PIP_CERT, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_DEFAULT_TIMEOUT reach pip as it builds
 set -eu
 cd "$(dirname "$0")/.."
 tag=${TAG:-0.1.0}
 [ $# -gt 0 ] || set -- operator
-export BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}" STORAGE_DRIVER="${STORAGE_DRIVER:-vfs}"
+export BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}"
+if [ -z "${STORAGE_DRIVER:-}" ]; then
+    # One overlay cannot lie on another, and that is what a container's disk is.
+    mkdir -p "${STORE:-/var/lib/containers}"
+    case $(stat -f -c %T "${STORE:-/var/lib/containers}") in
+        overlayfs) STORAGE_DRIVER=vfs ;;
+        *) STORAGE_DRIVER=overlay ;;
+    esac
+fi
+export STORAGE_DRIVER
+
+buildah() {
+    command buildah ${STORE:+--root "$STORE/layers" --runroot "$STORE/run"} "$@"
+}
 
 make_base() {
     root=$(mktemp -d)
@@ -27,17 +42,27 @@ if [ -z "${BASE_IMAGE:-}" ]; then
     buildah inspect --type image "$BASE_IMAGE" >/dev/null 2>&1 || make_base
 fi
 
-secrets=""
-for name in PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_DEFAULT_TIMEOUT; do
-    eval "value=\${$name:-}"
-    [ -z "$value" ] || secrets="$secrets --env $name=$value"
-done
-if [ -n "${PIP_CERT:-}" ]; then
-    # The builder's own certificates, for a network that has its own authority; the images do not keep them.
-    secrets="$secrets --volume $PIP_CERT:$PIP_CERT:ro --env PIP_CERT=$PIP_CERT"
-fi
+# The builder's own way to the package index, certificates included; the images do not keep it.
+pip_conf=$(mktemp)
+trap 'rm -f "$pip_conf"' EXIT
+{
+    echo "[global]"
+    [ -z "${PIP_INDEX_URL:-}" ] || echo "index-url = $PIP_INDEX_URL"
+    [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || echo "extra-index-url = $PIP_EXTRA_INDEX_URL"
+    [ -z "${PIP_DEFAULT_TIMEOUT:-}" ] || echo "timeout = $PIP_DEFAULT_TIMEOUT"
+    [ -z "${PIP_CERT:-}" ] || echo "cert = $PIP_CERT"
+} > "$pip_conf"
+
 for target in "$@"; do
+    image=localhost/headrace-$target:$tag
     # shellcheck disable=SC2086  # lists of flags
-    buildah build --pull=false --target "$target" --build-arg "BASE_IMAGE=$BASE_IMAGE" $secrets ${BUILD_FLAGS:-} \
-        --tag "headrace-$target:$tag" .
+    buildah build --pull=false --layers --target "$target" --build-arg "BASE_IMAGE=$BASE_IMAGE" \
+        --volume "$pip_conf:/etc/pip.conf:ro" ${PIP_CERT:+--volume "$PIP_CERT:$PIP_CERT:ro"} ${BUILD_FLAGS:-} \
+        --tag "$image" .
+    if [ -n "${ARCHIVES:-}" ]; then
+        mkdir -p "$ARCHIVES"
+        rm -f "$ARCHIVES/$target.partial"
+        buildah push --quiet "$image" "docker-archive:$ARCHIVES/$target.partial:$image"
+        mv "$ARCHIVES/$target.partial" "$ARCHIVES/$target.tar"
+    fi
 done

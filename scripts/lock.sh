@@ -14,3 +14,6 @@ echo "setuptools>=77" | lock build "$@" -
 lock dev pyproject.toml --extra operator --extra trainer --extra dev "$@"
 lock operator pyproject.toml --extra operator --constraint requirements/dev.txt "$@"
 lock trainer pyproject.toml --extra trainer --constraint requirements/dev.txt "$@"
+# Transformer Engine tells its requirements only to a Python that has torch.
+NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch \
+    lock gpu pyproject.toml --extra trainer --extra gpu --constraint requirements/dev.txt --no-build-isolation --python .venv/bin/python "$@"
