@@ -11,7 +11,12 @@ FROM ${BASE_IMAGE} AS base
 ENV PATH=/opt/headrace/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1 \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    USER=headrace
+# Libraries ask who they run as: torch names its caches after the user. $USER answers where a cluster gives out other ids.
+RUN groupadd --gid 65532 headrace \
+ && useradd --uid 65532 --gid 65532 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin headrace
 WORKDIR /tmp
 
 FROM base AS wheel

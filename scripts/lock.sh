@@ -10,10 +10,11 @@ lock() {
         --no-emit-index-url --no-emit-find-links --output-file "requirements/$out.txt" "$@"
 }
 echo "uv>=0.9" | lock uv "$@" -
-echo "setuptools>=77" | lock build "$@" -
 lock dev pyproject.toml --extra operator --extra trainer --extra dev "$@"
 lock operator pyproject.toml --extra operator --constraint requirements/dev.txt "$@"
 lock trainer pyproject.toml --extra trainer --constraint requirements/dev.txt "$@"
 # Transformer Engine tells its requirements only to a Python that has torch.
 NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch \
     lock gpu pyproject.toml --extra trainer --extra gpu --constraint requirements/dev.txt --no-build-isolation --python .venv/bin/python "$@"
+# What the wheel of Headrace and Transformer Engine are built with: torch brings CUDA's headers, but not the compiler's own (crt).
+printf '%s\n' 'cuda-toolkit[crt]' ninja 'setuptools>=77' | lock build --constraint requirements/gpu.txt "$@" -

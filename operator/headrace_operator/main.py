@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import kopf
@@ -111,7 +111,13 @@ class Operator:
         before = asyncio.all_tasks()
         handlers = watch.registry(self._kube, runs=self._runs, notify=self._queue.add, forget=self._reconciler.forget)
         tasks = await kopf.spawn_tasks(
-            registry=handlers, settings=watch.settings(), standalone=True, clusterwide=True, stop_flag=self._stop
+            registry=handlers,
+            settings=watch.settings(),
+            # Else kopf asks for the user's name, and an id that a cluster gives out has none.
+            identity=cast(Any, self._settings.identity),
+            standalone=True,
+            clusterwide=True,
+            stop_flag=self._stop,
         )
         self._listen_to_signals()  # kopf has taken them
         await kopf.run_tasks(tasks, ignored=before)

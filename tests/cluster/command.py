@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 from cluster import (
     addons,
@@ -25,6 +26,7 @@ from cluster import (
     machines,
     network,
     nodes,
+    operatorimage,
     packages,
 )
 from cluster.host import ClusterError, succeeds
@@ -62,6 +64,8 @@ def main(arguments: list[str]) -> int:
         command = commands.add_parser(name, help=help_text)
         if name == "fail-node":
             command.add_argument("node", choices=[node.name for node in NODES])
+        if name == "load":
+            command.add_argument("archive", type=Path)
     options = parser.parse_args(arguments)
     os.umask(0o022)  # pods run as another user and must be able to read what their mounts pass through
     if os.environ.get(OTHER_CLUSTER):
@@ -75,10 +79,11 @@ def main(arguments: list[str]) -> int:
 
 
 HELP = {
-    "build": "build the programs into .cluster/bin, if their sources changed",
+    "build": "build the programs into .cluster/bin and the operator's image, if their sources changed",
     "up": "bring the cluster up, or do nothing if it is; writes .cluster/kubeconfig and .cluster/cluster.json",
     "status": "say what is up; exit 1 if something is not",
     "down": "end it and remove every trace; exit 1 if something is left",
+    "load": "give the images of an archive to every node, as `docker save` writes it",
     "fail-node": "cut a node's power",
     "heal": "start failed nodes again",
 }
@@ -87,13 +92,15 @@ HELP = {
 def run_command(options: argparse.Namespace) -> int:
     match options.command:
         case "build":
-            build.build()
+            build_all()
         case "up":
             up()
         case "status":
             return status()
         case "down":
             return down()
+        case "load":
+            load(options.archive)
         case "fail-node":
             fail_node(options.node)
         case "heal":
@@ -101,13 +108,23 @@ def run_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def build_all() -> None:
+    """The Go programs, the Debian packages, and the operator's image, which is built with some of them."""
+    require_root()
+    build.build()
+    packages.install_missing()
+    operatorimage.build()
+
+
 def up() -> None:
     """Bring the whole cluster up; what a run that died halfway left is removed first."""
     require_root()
     with lock():
-        packages.install_missing()
-        build.build()
+        build_all()
         if is_complete():
+            for node in NODES:
+                nodes.load_operator(node)
+            write_cluster_file(json.loads(CLUSTER_FILE.read_text())["s3"]["secretKey"])
             print("the cluster is up")
             return
         if anything_exists():
@@ -135,7 +152,7 @@ def create() -> None:
     step("S3", controlplane.wait_for_s3)
     step("nodes Ready", lambda: addons.wait_for_nodes(NODES, since=since))
     addons.wait_for_service_account()
-    certificates.write_private(CLUSTER_FILE, json.dumps(describe(secret_key), indent=2))
+    write_cluster_file(secret_key)
     print(f"up in {time.monotonic() - started:.1f} s: export KUBECONFIG={KUBECONFIG}", flush=True)
 
 
@@ -162,6 +179,10 @@ def start_node_machine(node: Machine) -> None:
     network.connect_node(node)
 
 
+def write_cluster_file(secret_key: str) -> None:
+    certificates.write_private(CLUSTER_FILE, json.dumps(describe(secret_key), indent=2))
+
+
 def describe(secret_key: str) -> dict[str, object]:
     """What tests need to know, for cluster.json."""
     return {
@@ -172,7 +193,11 @@ def describe(secret_key: str) -> dict[str, object]:
         "hostAddress": HOST_ADDRESS,
         "dns": {"address": DNS_SERVICE_ADDRESS, "domain": CLUSTER_DOMAIN},
         "serviceAccountIssuer": SERVICE_ACCOUNT_ISSUER,
-        "images": {"busybox": BUSYBOX_IMAGE, "hostPython": HOST_PYTHON_IMAGE},
+        "images": {
+            "busybox": BUSYBOX_IMAGE,
+            "hostPython": HOST_PYTHON_IMAGE,
+            "operator": operatorimage.name(),
+        },
         "s3": {
             "endpoint": f"http://{S3_ADDRESS}",
             "region": S3_REGION,
@@ -228,6 +253,12 @@ def remove() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for file in (KUBECONFIG, CLUSTER_FILE):
         file.unlink(missing_ok=True)
+
+
+def load(archive: Path) -> None:
+    require_root()
+    for node in NODES:
+        nodes.load(node, archive.resolve())
 
 
 def fail_node(name: str) -> None:

@@ -163,13 +163,19 @@ def python(cluster: Cluster, namespace: str) -> Iterator[PodPython]:
 
 def prepare_python(cluster: Cluster, namespace: str) -> PodPython:
     """As the fixture, for a namespace that the caller made; remove with `volumes_delete_command`."""
-    if cluster.own:
-        host = host_python(namespace)
-        cluster.apply(*host.objects)
+    python = python_of(cluster, namespace)
+    if python.objects:
+        cluster.apply(*python.objects)
         # A pod that meets an unbound claim on its node waits ten seconds before it looks again.
         bound = ["--for=jsonpath={.status.phase}=Bound", "--timeout=60s"]
         cluster.kubectl("wait", *bound, "persistentvolumeclaim", "--all", "-n", namespace)
-        return host
+    return python
+
+
+def python_of(cluster: Cluster, namespace: str) -> PodPython:
+    """The Python of trainers' pods in a namespace; its volumes and claims are yet to be applied."""
+    if cluster.own:
+        return host_python(namespace)
     if not cluster.trainer_image:
         give_up("set HEADRACE_TEST_TRAINER_IMAGE to an image that the cluster can pull")
     return PodPython(namespace, image=cluster.trainer_image, image_pull_policy="IfNotPresent", python="python3")
@@ -190,7 +196,7 @@ def own_cluster() -> Cluster:
         nodes=tuple(node.name for node in NODES),
         own=True,
         s3=S3(endpoint=s3["endpoint"], region=s3["region"], access_key=s3["accessKey"], secret_key=s3["secretKey"]),
-        operator_image=facts["images"]["hostPython"],
+        operator_image=facts["images"]["operator"],
         trainer_image=facts["images"]["hostPython"],
     )
 

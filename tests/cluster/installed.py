@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.fixtures import RESTRICTED, S3, Cluster, give_up, prepare_python
-from cluster.hostpython import PodPython, volumes_delete_command
+from cluster.fixtures import RESTRICTED, S3, Cluster, give_up, prepare_python, python_of
+from cluster.hostpython import volumes_delete_command
 from workplace import STAGES
 
 CHART = Path(__file__).resolve().parents[2] / "charts/headrace"
@@ -150,10 +150,8 @@ def _scale(stage: dict[str, Any], *, raw: str) -> None:
 def operator(cluster: Cluster) -> Iterator[Operator]:
     """The chart, installed by helm into a namespace that enforces `restricted`."""
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM, "labels": RESTRICTED}})
-    python = prepare_python(cluster, SYSTEM)
-    values = json.dumps(chart_values(cluster, python))
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"headrace-values-{os.getpid()}.json"
-    path.write_text(values)
+    path.write_text(json.dumps(chart_values(cluster)))
     try:
         cluster.helm(
             "upgrade", "--install", "headrace", str(CHART), "-n", SYSTEM, "-f", str(path), "--wait", "--timeout=150s"
@@ -163,19 +161,15 @@ def operator(cluster: Cluster) -> Iterator[Operator]:
     yield Operator(cluster)
     cluster.helm("uninstall", "headrace", "-n", SYSTEM)
     cluster.kubectl("delete", "namespace", SYSTEM, "--wait=false")
-    if cluster.own:
-        cluster.kubectl(*volumes_delete_command(SYSTEM))
 
 
-def chart_values(cluster: Cluster, python: PodPython) -> dict[str, Any]:
-    """What the chart is told: images, and on the test cluster this checkout's Python."""
+def chart_values(cluster: Cluster) -> dict[str, Any]:
+    """What the chart is told: the operator's image, and how trainers find their Python."""
     repository, _, tag = cluster.operator_image.rpartition(":")
+    python = python_of(cluster, namespace="")
     container = {"name": "trainer", "volumeMounts": python.volume_mounts, "env": python.env}
     return {
         "image": {"repository": repository, "tag": tag, "pullPolicy": python.image_pull_policy},
-        "command": python.python,
-        "extraVolumes": python.volumes,
-        "extraVolumeMounts": python.volume_mounts,
         "operator": {"log": {"format": "text"}},
         "runtime": {
             "create": True,

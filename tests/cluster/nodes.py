@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from cluster import certificates as pki
-from cluster import cgroups, images, network
+from cluster import cgroups, images, network, operatorimage
 from cluster.host import run, succeeds, wait_until
 from cluster.layout import BIN, CLUSTER_DOMAIN, CONTROL, DNS_SERVICE_ADDRESS, PAUSE_IMAGE, POD_CIDR, RUN, Machine
 from cluster.machines import enter, log_path, spawn
@@ -32,11 +32,27 @@ def start_containerd(node: Machine) -> None:
         CONTAINERD.format(pause=PAUSE_IMAGE, cni_programs=CNI_FOLDER, cni_config=network.cni_folder(node))
     )
     spawn(node, "containerd", [program("containerd"), "--config", config])
-    ctr = [*enter(node), program("ctr"), "--namespace", "k8s.io"]
     log = log_path(node, "containerd")
-    wait_until(lambda: succeeds([*ctr, "version"]), f"containerd on {node.name}", timeout_seconds=30, log=log)
+    wait_until(lambda: succeeds([*ctr(node), "version"]), f"containerd on {node.name}", timeout_seconds=30, log=log)
     for archive in sorted(images.FOLDER.glob("*.tar")):
-        run([*ctr, "images", "import", archive])
+        load(node, archive)
+    load_operator(node)
+
+
+def load(node: Machine, archive: Path) -> None:
+    """Give the node the images of an archive."""
+    run([*ctr(node), "images", "import", archive])
+
+
+def load_operator(node: Machine) -> None:
+    """Give the node the operator's image as it was last built."""
+    if operatorimage.name() not in run([*ctr(node), "images", "list", "--quiet"]).split():
+        load(node, operatorimage.ARCHIVE)
+
+
+def ctr(node: Machine) -> list[str]:
+    """The words that ask the node's containerd; kubelet's images are in the namespace `k8s.io`."""
+    return [*enter(node), program("ctr"), "--namespace", "k8s.io"]
 
 
 def start_kubelet(node: Machine) -> None:

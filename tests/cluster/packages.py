@@ -14,8 +14,10 @@ POLICY_FILE = Path("/usr/sbin/policy-rc.d")
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 PACKAGE_OF = {
+    "buildah": "buildah",
     "busybox": "busybox-static",
     "containerd": "containerd",
+    "debootstrap": "debootstrap",
     "etcd": "etcd-server",
     "ip": "iproute2",
     "iptables-save": "iptables",

@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 
 from cluster.fixtures import Cluster
-from cluster.installed import Operator, Runs, operator, runs
+from cluster.installed import SYSTEM, Operator, Runs, operator, runs
 
 __all__ = ["operator", "runs"]
 
@@ -34,6 +34,14 @@ def test_the_quickstart_goes_from_apply_to_complete_while_the_operator_is_killed
     assert status["restarts"] == 0
     assert runs.cluster.get("job", "quickstart-base-1", "-n", runs.namespace)["metadata"]["uid"] == job
     assert len(runs.losses("base")) == 40
+
+
+def test_the_operators_image_has_neither_torch_nor_pip(runs: Runs, operator: Operator) -> None:
+    question = (
+        "import importlib.util as u; print([m for m in ('kopf', 'torch', 'megatron', 'pip', 'moto') if u.find_spec(m)])"
+    )
+    name = operator.pod()["metadata"]["name"]
+    assert runs.cluster.kubectl("exec", name, "-n", SYSTEM, "--", "python", "-c", question).strip() == "['kopf']"
 
 
 def test_the_columns_tell_how_a_run_is(runs: Runs) -> None:
