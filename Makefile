@@ -42,7 +42,7 @@ crds: setup ## Generate manifests/crd from the classes
 lock: setup ## Pin dependencies again; ARGS=--upgrade for newer ones
 	sh scripts/lock.sh $(ARGS)
 
-cluster-build: setup ## Build the test cluster's programs from Go modules
+cluster-build: setup ## Build the test cluster's programs from Go modules, and the operator's image (root)
 	$(BIN)/python tests/cluster build
 
 cluster-up: setup ## Bring up a real cluster of two nodes on this machine (root)

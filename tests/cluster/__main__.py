@@ -1,4 +1,4 @@
-"""Entry point: `python3 tests/cluster build|up|status|down|fail-node|heal`. Needs Python's standard library only."""
+"""Entry point: `python3 tests/cluster build|up|status|down|load|fail-node|heal`. Needs Python's standard library only."""
 
 import sys
 from pathlib import Path

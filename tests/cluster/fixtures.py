@@ -202,13 +202,14 @@ def own_cluster() -> Cluster:
 
 
 def other_cluster(kubeconfig: Path) -> Cluster:
-    """A cluster that somebody else runs, with kubectl and helm from PATH."""
-    get_nodes = ["kubectl", "--kubeconfig", str(kubeconfig), "get", "nodes", "-o", "name"]
+    """A cluster that somebody else runs."""
+    command.build_all()
+    get_nodes = [str(BIN / "kubectl"), "--kubeconfig", str(kubeconfig), "get", "nodes", "-o", "name"]
     names = subprocess.run(get_nodes, check=True, capture_output=True, text=True).stdout.split()
     return Cluster(
         kubeconfig=kubeconfig,
-        kubectl_program="kubectl",
-        helm_program="helm",
+        kubectl_program=str(BIN / "kubectl"),
+        helm_program=str(BIN / "helm"),
         nodes=tuple(name.removeprefix("node/") for name in names),
         own=False,
         s3=other_s3(),

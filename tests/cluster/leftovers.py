@@ -75,7 +75,9 @@ def snapshot() -> dict[str, list[str]]:
 
 
 def mounts() -> list[str]:
-    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    """Mount points at or below the cluster's folders: elsewhere other programs mount and unmount as they like."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [point for point in points if any(point == path or point.startswith(f"{path}/") for path in PATHS)]
 
 
 def control_groups() -> list[str]:
