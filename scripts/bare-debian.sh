@@ -30,6 +30,6 @@ mount --rbind /sys sys && mount --rbind /dev dev && mount -t proc proc proc && m
 mkdir -p .host && pivot_root . .host && cd /headrace
 umount -l /.host && rmdir /.host
 exec env -i HOME=/root TERM="${TERM:-dumb}" CI="${CI:-}" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    LANG=C.UTF-8 DEBIAN_FRONTEND=noninteractive SSL_CERT_FILE='$bundle' PIP_CERT='$bundle' "$@"
+    LANG=C.UTF-8 DEBIAN_FRONTEND=noninteractive SSL_CERT_FILE='$bundle' PIP_CERT='$bundle' NODE_EXTRA_CA_CERTS='$bundle' "$@"
 '
 unshare --mount --pid --fork --kill-child --propagation private sh -euc "$enter" "$root" "$@"

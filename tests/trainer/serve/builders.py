@@ -19,6 +19,8 @@ from headrace_api.run import Stage, Storage
 from headrace_api.stages.base import ArtifactKind
 
 FIRST_PORT = 18080
+ENGINE = os.environ.get("HEADRACE_TEST_ENGINE", "transformers")
+"""The engine under test; vllm, where it is on the path."""
 
 
 def write_model(folder: Path) -> None:
@@ -41,7 +43,7 @@ def write_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=400,
-        hidden_size=32,
+        hidden_size=128,  # heads of 32: vLLM has no smaller ones
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -102,7 +104,7 @@ class Deployment:
     ) -> None:
         self.folder, self.scratch = folder, folder / "scratch"
         progress_url = f"file://{folder}/progress.json" if reports else None
-        resolved = deploy_stage(storage, model, port=port, progress_url=progress_url)
+        resolved = deploy_stage(storage, model, port=port, progress_url=progress_url, engine=ENGINE)
         (folder / "stage.json").write_text(resolved.model_dump_json(by_alias=True, exclude_none=True))
         self.env = {k: v for k, v in os.environ.items() if k != "KUBERNETES_SERVICE_HOST"} | {
             "HEADRACE_SCRATCH": str(self.scratch),
@@ -142,7 +144,7 @@ class Deployment:
         command = [sys.executable, "-m", "headrace_trainer.serve.ready"]
         return subprocess.run(command, env=self.env, capture_output=True, timeout=30).returncode
 
-    def wait_for(self, condition: Callable[[], object], *, seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], object], *, seconds: float = 300) -> None:
         """Poll until something is so."""
         deadline = time.monotonic() + seconds
         while not condition():

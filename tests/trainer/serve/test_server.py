@@ -10,7 +10,7 @@ import pytest
 
 from headrace_api.faults import ExitCode, FaultClass
 from headrace_cli.ask import ask
-from trainer.serve.builders import FIRST_PORT, Deployment, command_line, gone
+from trainer.serve.builders import ENGINE, FIRST_PORT, Deployment, command_line, gone
 
 NUM_TOKENS = 24
 
@@ -99,7 +99,7 @@ def test_a_killed_engine_fails_the_attempt_by_name(deploy):
     assert deployment.agent.wait(30) == ExitCode.PROCESS
     outcome = deployment.outcome()
     assert (outcome.fault, outcome.reason) == (FaultClass.PROCESS, "EngineFailed")
-    assert f"transformers serve (process {engine.pid}) was ended by SIGKILL" in outcome.message
+    assert f"{ENGINE} serve (process {engine.pid}) was ended by SIGKILL" in outcome.message
 
 
 def test_in_a_pod_it_listens_where_the_service_looks_and_dies_with_a_killed_agent(deploy):
