@@ -24,6 +24,7 @@ PACKAGE_OF = {
     "nsenter": "util-linux",
     "openssl": "openssl",
     "runc": "runc",
+    "sysctl": "procps",
     str(CNI_FOLDER / "ptp"): "containernetworking-plugins",
 }
 
