@@ -25,15 +25,30 @@ LOCAL = "--host 127.0.0.1 --port 8001"
         (Engine.TRANSFORMERS, 0, False, f"transformers serve demo/ship {LOCAL} --device cpu"),
         (Engine.TRANSFORMERS, 0, True, f"transformers serve demo/ship {POD} --device cpu"),
         (Engine.TRANSFORMERS, 1, True, f"transformers serve demo/ship {POD} --device auto"),
-        (Engine.VLLM, 0, False, f"vllm serve files --served-model-name demo/ship {LOCAL} --tensor-parallel-size 1"),
-        (Engine.VLLM, 1, True, f"vllm serve files --served-model-name demo/ship {POD} --tensor-parallel-size 1"),
-        (Engine.VLLM, 8, True, f"vllm serve files --served-model-name demo/ship {POD} --tensor-parallel-size 8"),
+        (
+            Engine.VLLM,
+            0,
+            False,
+            f"vllm serve files --served-model-name demo/ship --dtype bfloat16 {LOCAL} --tensor-parallel-size 1",
+        ),
+        (
+            Engine.VLLM,
+            1,
+            True,
+            f"vllm serve files --served-model-name demo/ship --dtype bfloat16 {POD} --tensor-parallel-size 1",
+        ),
+        (
+            Engine.VLLM,
+            8,
+            True,
+            f"vllm serve files --served-model-name demo/ship --dtype bfloat16 {POD} --tensor-parallel-size 8",
+        ),
     ],
 )
 def test_the_command_of_each_engine(exported, engine, num_gpus, in_pod, expected):
     resolved = deploy_stage(exported.storage, exported.ref)
     place = cluster_place(resolved, port=8000) if in_pod else local_place(8001)
-    served = Served(name="demo/ship", folder=Path("files"), num_gpus=num_gpus)
+    served = Served(name="demo/ship", folder=Path("files"), dtype="bfloat16", num_gpus=num_gpus)
     assert " ".join(engine_command(engine, engine.value, served, place)) == expected
 
 

@@ -55,7 +55,8 @@ def in_process(folder, prompt: str) -> str:
 def test_the_command_line_gets_the_models_greedy_continuation(exported, endpoint, prompt):
     expected = in_process(exported.files, prompt)
     assert len(expected) > 4
-    assert ask(endpoint, prompt, max_tokens=NUM_TOKENS) == expected
+    # A character that the last token cuts in two is shown by transformers and held back by vLLM.
+    assert ask(endpoint, prompt, max_tokens=NUM_TOKENS).rstrip("\ufffd") == expected.rstrip("\ufffd")
 
 
 def test_the_model_is_listed_by_the_names_of_run_and_stage(endpoint):

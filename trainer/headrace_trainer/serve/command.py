@@ -34,6 +34,8 @@ class Served:
     """The model's id in the API."""
     folder: Path
     """The exported model."""
+    dtype: str
+    """The weights' data type, as config.json names it."""
     num_gpus: int
 
 
@@ -49,7 +51,8 @@ def engine_command(engine: Engine, program: str, served: Served, place: Place) -
     listen = ["--host", place.host, "--port", str(place.port)]
     if engine is Engine.TRANSFORMERS:
         return [program, "serve", served.name, *listen, "--device", "auto" if served.num_gpus else "cpu"]
-    model = [str(served.folder), "--served-model-name", served.name]
+    # Left alone, vLLM would serve float32 in 16 bits: not the numbers that were evaluated.
+    model = [str(served.folder), "--served-model-name", served.name, "--dtype", served.dtype]
     return [program, "serve", *model, *listen, "--tensor-parallel-size", str(max(1, served.num_gpus))]
 
 

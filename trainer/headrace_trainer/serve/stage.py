@@ -40,6 +40,7 @@ def run_deploy(ctx: StageContext) -> NoReturn:
     served = Served(
         name=model_name(ctx.resolved.run, config.from_.model),
         folder=ctx.input("model"),
+        dtype=json.loads((ctx.input("model") / "config.json").read_text())["dtype"],
         num_gpus=ctx.resolved.stage.compute.gpus_per_node,
     )
     home = _engine_home(ctx, served)
