@@ -40,13 +40,11 @@ RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
  && python -m pip uninstall --yes pip
 
 # Triton and torch.compile call a C compiler while they train.
-FROM base AS trainer-base
+FROM base AS trainer-environment
 RUN headers=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
  && apt-get update \
  && apt-get install --yes --no-install-recommends g++ $([ -e "$headers/Python.h" ] || echo python3-dev) \
  && rm -rf /var/lib/apt/lists/*
-
-FROM trainer-base AS trainer-environment
 COPY requirements/build.txt requirements/trainer.txt requirements/
 RUN python3 -m venv /opt/headrace \
  && python -m pip install --no-cache-dir --require-hashes --requirement requirements/build.txt \
@@ -60,8 +58,8 @@ COPY --from=wheel /wheels /wheels
 RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
  && python -m pip uninstall --yes pip
 
-FROM trainer-base AS trainer
-COPY --from=trainer-environment /opt/headrace /opt/headrace
+# Not copied into a smaller image, as the operator's is: the compiler stays, and nothing else would be saved.
+FROM trainer-environment AS trainer
 USER 65532:65532
 EXPOSE 9400
 CMD ["python", "-m", "headrace_trainer.agent", "/etc/headrace/stage.json"]
