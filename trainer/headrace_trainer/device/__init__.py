@@ -7,6 +7,7 @@ run there; ``device.megatron`` calls it before Megatron is imported, and every o
 import functools
 import importlib.util
 import os
+import sys
 import warnings
 
 import torch
@@ -48,6 +49,8 @@ def install() -> None:
     else:
         from headrace_trainer.device import cpu
 
+        # Megatron takes its kernels wherever it is installed, as in an image that pools without GPUs share.
+        sys.modules["transformer_engine"] = None
         # Megatron says six times while it is imported that it has no GPU kernels.
         warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
         warnings.filterwarnings("ignore", message="full scope is deprecated")
