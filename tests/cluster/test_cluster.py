@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import leftovers
-from cluster.fixtures import Cluster
+from cluster.fixtures import Cluster, give_up
 from cluster.hostpython import PodPython
 from cluster.programs import all_reduce
 
@@ -95,9 +95,8 @@ def test_restricted_refuses_hostpath_but_takes_claims_on_it(
     assert cluster.kubectl("logs", "taken", "-n", namespace).strip() == "65532 2.0"
 
 
+@pytest.mark.own_cluster
 def test_mounted_sources_cannot_be_written(cluster: Cluster, namespace: str, python: PodPython) -> None:
-    if not python.paths:
-        pytest.skip("nothing of the host is mounted on another cluster")
     touch = [f"touch {path}/written && echo written to {path}" for path in python.paths]
     script = "; ".join([*touch, "id -u"])
     cluster.apply(pod("writer", namespace, python.pod_spec(python.container("main", ["/bin/sh", "-c", script]))))
@@ -182,7 +181,7 @@ def terminated(cluster: Cluster, namespace: str, name: str) -> dict[str, Any]:
 
 def test_a_pod_and_the_host_share_s3(cluster: Cluster, namespace: str, python: PodPython) -> None:
     if cluster.s3 is None:
-        pytest.skip("set HEADRACE_TEST_S3_ENDPOINT, _ACCESS_KEY and _SECRET_KEY to an S3 service that pods reach")
+        give_up("set HEADRACE_TEST_S3_ENDPOINT, _ACCESS_KEY and _SECRET_KEY to an S3 service that pods reach")
     bucket = namespace
     env = [{"name": key, "value": value} for key, value in {**cluster.s3.env, "BUCKET": bucket}.items()]
     cluster.apply(
@@ -269,9 +268,8 @@ def write_chart(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.own_cluster
 def test_a_node_without_power_is_noticed_and_returns(cluster: Cluster) -> None:
-    if not cluster.own:
-        pytest.skip("only tests/cluster's own nodes can be failed")
     node = cluster.nodes[1]
     cluster.fail_node(node)
     try:
@@ -286,10 +284,9 @@ def ready_status(cluster: Cluster, node: str) -> str:
     return next(str(condition["status"]) for condition in conditions if condition["type"] == "Ready")
 
 
+@pytest.mark.own_cluster
 def test_the_leftover_check_sees_a_running_cluster(cluster: Cluster) -> None:
     """`down` trusts this check; while the cluster is up it must find all of it."""
-    if not cluster.own:
-        pytest.skip("the check is for tests/cluster's own cluster")
     found = leftovers.find()
     for kind in ("new control group", "new interface: headrace0", "new path", "new route", "process"):
         assert any(line.startswith(kind) for line in found), f"{kind}: not in {found}"
