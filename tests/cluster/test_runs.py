@@ -1,7 +1,9 @@
 """Runs on a real cluster: from `kubectl apply` to a served model, and through what goes wrong on the way."""
 
 import json
+from typing import Any
 
+import kubernetes
 import pytest
 
 from cluster.fixtures import Cluster
@@ -62,12 +64,21 @@ def test_the_columns_tell_how_a_run_is(runs: Runs) -> None:
 
 def test_the_served_model_answers(runs: Runs) -> None:
     assert runs.get("quickstart")["status"]["endpoint"] == f"http://quickstart-serve.{runs.namespace}.svc:8000"
-    # By way of the API server: nothing else reaches Services of every cluster.
-    service = f"/api/v1/namespaces/{runs.namespace}/services/quickstart-serve:8000/proxy/v1"
-    model = json.loads(runs.cluster.kubectl("get", "--raw", f"{service}/models"))["data"][0]["id"]
-    body = json.dumps({"model": model, "prompt": "The function", "max_tokens": 8, "temperature": 0})
-    answer = runs.cluster.kubectl("create", "--raw", f"{service}/completions", "-f", "-", stdin=body)
-    assert json.loads(answer)["choices"][0]["text"]
+    model = _serve(runs, "GET", "models")["data"][0]["id"]
+    body = {"model": model, "prompt": "The function", "max_tokens": 8, "temperature": 0}
+    assert _serve(runs, "POST", "completions", body)["choices"][0]["text"]
+
+
+def _serve(runs: Runs, method: str, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the served model says, by way of the API server: nothing else reaches Services of every cluster."""
+    api = kubernetes.config.new_client_from_config(str(runs.cluster.kubeconfig))
+    path = f"/api/v1/namespaces/{runs.namespace}/services/quickstart-serve:8000/proxy/v1/{name}"
+    headers = {"Content-Type": "application/json"}
+    request = api.param_serialize(method, path, header_params=headers, body=body, auth_settings=["BearerToken"])
+    answer = api.call_api(*request, _request_timeout=60)
+    text = answer.read()
+    assert answer.status == 200, text
+    return dict(json.loads(text))
 
 
 def test_a_new_run_skips_what_is_in_storage_and_a_deleted_pod_changes_no_loss(runs: Runs) -> None:

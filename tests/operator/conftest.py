@@ -26,14 +26,14 @@ REPO = Path(__file__).resolve().parents[2]
 BIN = REPO / ".cluster" / "bin"
 CHART = REPO / "charts" / "headrace"
 RELEASE, NAMESPACE = "headrace", "headrace-system"
-_KUBERNETES = ("kube-apiserver", "kube-controller-manager", "helm")
+_KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kubectl", "helm")
 TOKEN = "headrace-operator-tests"
 _START_SECONDS = 90.0
 
 
 def missing() -> list[str]:
     """The programs that are not here."""
-    here = {"etcd": shutil.which("etcd"), "openssl": shutil.which("openssl"), "kubectl": shutil.which("kubectl")}
+    here = {name: shutil.which(name) for name in ("etcd", "openssl")}
     here |= {name: str(BIN / name) if (BIN / name).exists() else None for name in _KUBERNETES}
     return [name for name, found in here.items() if found is None]
 
@@ -85,7 +85,7 @@ class ControlPlane:
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """kubectl's output as the administrator; CalledProcessError with its words if it fails."""
-        command = ["kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
+        command = [str(BIN / "kubectl"), "--kubeconfig", str(self.kubeconfig), *arguments]
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
