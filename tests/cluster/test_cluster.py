@@ -238,17 +238,15 @@ def test_helm_installs_a_deployment_that_runs_this_python(
     command = [
         python.python,
         "-c",
-        "import time, headrace_operator, kopf; print('serving', flush=True); time.sleep(600)",
+        "import time, headrace_trainer, torch; print('serving', flush=True); time.sleep(600)",
     ]
-    container = python.container("operator", command)
+    container = python.container("server", command)
     values = {"spec": python.pod_spec(container, restartPolicy="Always", terminationGracePeriodSeconds=0)}
     (tmp_path / "values.json").write_text(json.dumps(values))
 
     release = ["demo", str(tmp_path / "chart"), "-n", namespace, "-f", str(tmp_path / "values.json")]
     cluster.helm("install", *release, "--wait", "--timeout=90s")
-    cluster.wait(
-        lambda: "serving" in cluster.kubectl("logs", "deployment/demo", "-n", namespace), "the operator's line"
-    )
+    cluster.wait(lambda: "serving" in cluster.kubectl("logs", "deployment/demo", "-n", namespace), "the server's line")
     cluster.helm("uninstall", "demo", "-n", namespace)
 
 
