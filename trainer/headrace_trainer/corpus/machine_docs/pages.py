@@ -3,24 +3,18 @@
 In: /usr/share/doc, site-packages, the standard library. Out: one ``Found`` a page.
 """
 
-import contextlib
 import gzip
-import importlib
-import io
-import pydoc
-import re
 import sys
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from headrace_trainer.corpus.machine_docs.found import Found
+from headrace_trainer.corpus.machine_docs.render import render_all
 
 _SMALLEST_PAGE_BYTES = 2_000
 # Importing these opens windows, a browser or a test suite, or prints.
 _NOT_IMPORTED = frozenset({"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3"})
-_ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
 def find_pages() -> Iterator[Found[bytes]]:
@@ -47,19 +41,6 @@ def _read(path: Path) -> bytes:
 
 def rendered_pages() -> Iterator[Found[bytes]]:
     """``pydoc``'s page of every module of the standard library that can be imported quietly."""
-    for name in sorted(sys.stdlib_module_names - _NOT_IMPORTED):
-        if not name.startswith("_") and (page := render(name)) is not None:
-            yield Found(name=f"pydoc/{name}.html", content=page)
-
-
-def render(module_name: str) -> bytes | None:
-    """One module's documentation as a page; None where the platform does not have the module."""
-    writer = pydoc.HTMLDoc()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # deprecated modules are documentation too
-            page = writer.page(f"module {module_name}", writer.document(importlib.import_module(module_name)))
-    except (ImportError, OSError):
-        return None
-    # Addresses of objects differ from run to run; and pydoc keeps prose on its lines with spaces that do not break.
-    return _ADDRESS.sub("0x0", page).replace("&nbsp;", " ").encode("utf-8", "ignore")
+    names = sorted(name for name in sys.stdlib_module_names - _NOT_IMPORTED if not name.startswith("_"))
+    for name, page in render_all(names):
+        yield Found(name=f"pydoc/{name}.html", content=page.encode("utf-8", "ignore"))
