@@ -33,9 +33,10 @@ class TokenDataset:
 
         Args:
             folder: a local copy of a shards artifact.
-            split: ``train``, which is shuffled anew in each epoch, or ``validation``, which is read in order.
+            split: ``train``, which is shuffled anew in each epoch, or ``validation``, whose one order is the same for
+                every run: any first part of it is a fair sample of the whole, and the same one.
             sequence_length: T, in tokens.
-            seed: decides the order.
+            seed: decides the order of ``train``.
             verify: whether the shards' digests are checked; one rank of a node is enough.
 
         Raises:
@@ -69,9 +70,8 @@ class TokenDataset:
 
     def _place(self, epoch: int, position: int) -> int:
         """Which window of the stream is the ``position``-th of an epoch."""
-        if self._split is Split.VALIDATION:
-            return position
-        key = shuffle_key(seed=self._seed, epoch=epoch, manifest_digest=self._manifest_digest)
+        seed, epoch = (self._seed, epoch) if self._split is Split.TRAIN else (0, 0)
+        key = shuffle_key(seed=seed, epoch=epoch, manifest_digest=self._manifest_digest)
         return shuffled(position, num_samples=self.num_samples, key=key)
 
     def _read(self, first: int, stop: int) -> NDArray[np.int64]:
