@@ -3,7 +3,7 @@
 #   docker build --target operator -t headrace-operator:0.1.0 .
 #   docker build --target trainer  -t headrace-trainer:0.1.0 .
 #
-# The trainer has Transformer Engine, compiled here against its torch: half an hour on two cores. Without GPUs leave it out
+# The trainer has Transformer Engine, compiled here against its torch: 20 minutes on two cores. Without GPUs leave it out
 # with --build-arg REQUIREMENTS=trainer.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 

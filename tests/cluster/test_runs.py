@@ -1,10 +1,12 @@
 """Runs on a real cluster: from `kubectl apply` to a served model, and through what goes wrong on the way."""
 
 import json
+import time
 from typing import Any
 
 import kubernetes
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.fixtures import Cluster
 from cluster.installed import SYSTEM, Operator, Runs, operator, runs
@@ -64,21 +66,22 @@ def test_the_columns_tell_how_a_run_is(runs: Runs) -> None:
 
 def test_the_served_model_answers(runs: Runs) -> None:
     assert runs.get("quickstart")["status"]["endpoint"] == f"http://quickstart-serve.{runs.namespace}.svc:8000"
-    model = _serve(runs, "GET", "models")["data"][0]["id"]
+    model = json.loads(_ask(runs, "GET", "services/quickstart-serve:8000/proxy/v1/models"))["data"][0]["id"]
     body = {"model": model, "prompt": "The function", "max_tokens": 8, "temperature": 0}
-    assert _serve(runs, "POST", "completions", body)["choices"][0]["text"]
+    answer = json.loads(_ask(runs, "POST", "services/quickstart-serve:8000/proxy/v1/completions", body))
+    assert answer["choices"][0]["text"]
 
 
-def _serve(runs: Runs, method: str, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the served model says, by way of the API server: nothing else reaches Services of every cluster."""
+def _ask(runs: Runs, method: str, path: str, body: dict[str, Any] | None = None) -> str:
+    """What a Service or a pod says, by way of the API server: nothing else reaches those of every cluster."""
     api = kubernetes.config.new_client_from_config(str(runs.cluster.kubeconfig))
-    path = f"/api/v1/namespaces/{runs.namespace}/services/quickstart-serve:8000/proxy/v1/{name}"
+    path = f"/api/v1/namespaces/{runs.namespace}/{path}"
     headers = {"Content-Type": "application/json"}
     request = api.param_serialize(method, path, header_params=headers, body=body, auth_settings=["BearerToken"])
     answer = api.call_api(*request, _request_timeout=60)
-    text = answer.read()
+    text = answer.read().decode()
     assert answer.status == 200, text
-    return dict(json.loads(text))
+    return text
 
 
 def test_a_new_run_skips_what_is_in_storage_and_a_deleted_pod_changes_no_loss(runs: Runs) -> None:
@@ -93,6 +96,22 @@ def test_a_new_run_skips_what_is_in_storage_and_a_deleted_pod_changes_no_loss(ru
     stage = runs.stage("second", "base-deleted")
     assert stage["attempt"] == 2
     assert runs.losses("base-deleted") == runs.losses("base")
+
+
+def test_a_training_pod_serves_its_metrics_where_its_annotations_say(runs: Runs) -> None:
+    runs.cluster.apply(runs.manifest("third", *DATA, "base-suspended"))
+    runs.cluster.wait(lambda: runs.step("third", "base-suspended") >= 3, "step 3", timeout_seconds=300)
+    pod = min(runs.pods("third", "base-suspended"), key=lambda p: p["metadata"]["name"])["metadata"]
+    assert pod["annotations"]["prometheus.io/scrape"] == "true"
+    text = _ask(runs, "GET", f"pods/{pod['name']}:{pod['annotations']['prometheus.io/port']}/proxy/metrics")
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    labels = {"namespace": runs.namespace, "run": "third", "stage": "base-suspended"}
+    assert all(sample.labels == labels for sample in samples)
+    figures = {sample.name.removeprefix("headrace_trainer_"): sample.value for sample in samples}
+    assert 3 <= figures["done"] <= figures["planned"] == 40
+    assert 0 < figures["loss"] < 10
+    assert figures["tokens_per_second"] > 0
+    assert 0 < figures["last_heartbeat_timestamp_seconds"] <= time.time()
 
 
 def test_suspending_saves_and_frees_the_pods_and_resuming_goes_on(runs: Runs) -> None:

@@ -17,6 +17,7 @@ from trainer.serve.builders import deploy_stage
 
 POD = "--host 0.0.0.0 --port 8000"
 LOCAL = "--host 127.0.0.1 --port 8001"
+VLLM = "vllm serve files --served-model-name demo/ship --dtype bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -25,24 +26,9 @@ LOCAL = "--host 127.0.0.1 --port 8001"
         (Engine.TRANSFORMERS, 0, False, f"transformers serve demo/ship {LOCAL} --device cpu"),
         (Engine.TRANSFORMERS, 0, True, f"transformers serve demo/ship {POD} --device cpu"),
         (Engine.TRANSFORMERS, 1, True, f"transformers serve demo/ship {POD} --device auto"),
-        (
-            Engine.VLLM,
-            0,
-            False,
-            f"vllm serve files --served-model-name demo/ship --dtype bfloat16 {LOCAL} --tensor-parallel-size 1",
-        ),
-        (
-            Engine.VLLM,
-            1,
-            True,
-            f"vllm serve files --served-model-name demo/ship --dtype bfloat16 {POD} --tensor-parallel-size 1",
-        ),
-        (
-            Engine.VLLM,
-            8,
-            True,
-            f"vllm serve files --served-model-name demo/ship --dtype bfloat16 {POD} --tensor-parallel-size 8",
-        ),
+        (Engine.VLLM, 0, False, f"{VLLM} {LOCAL} --tensor-parallel-size 1"),
+        (Engine.VLLM, 1, True, f"{VLLM} {POD} --tensor-parallel-size 1"),
+        (Engine.VLLM, 8, True, f"{VLLM} {POD} --tensor-parallel-size 8"),
     ],
 )
 def test_the_command_of_each_engine(exported, engine, num_gpus, in_pod, expected):
