@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 home=${1:-.headrace}
 bin=.venv/bin
 if [ ! -e "$home/raw/done" ]; then
-    "$bin/python" -m headrace_trainer.corpus.machine_docs --out "$home/raw"
+    "$bin/python" -m headrace_trainer.stages.corpus.machine_docs --out "$home/raw"
     touch "$home/raw/done"
 fi
 # The server must not outlive the demo, however that ends.

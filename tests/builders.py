@@ -7,7 +7,7 @@ from typing import Any
 from headrace_api.errors import parse_run
 from headrace_api.faults import FaultClass, Outcome
 from headrace_api.run import RunStatus, TrainingRun
-from headrace_operator.observe import Attempt, AttemptState, Observed
+from headrace_operator.brain.observed import Attempt, AttemptState, Observed
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from headrace_api.contract import STAGE_FILE, Progress, ResolvedStage
 from headrace_api.faults import FaultClass, Outcome, most_telling
-from headrace_operator.observe import Attempt, AttemptState
+from headrace_operator.brain.observed import Attempt, AttemptState
 
 _GRACE_SECONDS = 100
 _KILL_AFTER_SECONDS = _GRACE_SECONDS + 20

@@ -8,7 +8,7 @@ from headrace_api.artifact import stage_hash
 from headrace_api.model import padded_vocab
 from headrace_api.planning import estimate_pretrain
 from headrace_api.run import Stage, StageState, TrainingRun
-from headrace_operator.report import people_count
+from headrace_operator.brain.report import people_count
 
 _DEFAULT_VOCAB = 32_768
 

@@ -16,8 +16,8 @@ from typing import Any
 from headrace_api.run import ConditionType, RunStatus, StageState, TrainingRun
 from headrace_cli.attempts import LocalAttempts
 from headrace_cli.home import RunFolder, forget_missing_artifacts
-from headrace_operator.observe import Observed
-from headrace_operator.plan import Event, Plan, plan
+from headrace_operator.brain.observed import Observed
+from headrace_operator.brain.plan import Event, Plan, plan
 
 _TICK_SECONDS = 0.2
 

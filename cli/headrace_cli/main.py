@@ -1,4 +1,4 @@
-"""The commands. Each is thin: read, call one room, print, and exit with 0 (complete), 1 (failed) or 2 (invalid)."""
+"""The commands. Each is thin: read, call one module, print, and exit with 0 (complete), 1 (failed) or 2 (invalid)."""
 
 import json
 import shutil

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
-from headrace_operator.plan import Event
-from headrace_operator.report import people_count, people_time
+from headrace_operator.brain.plan import Event
+from headrace_operator.brain.report import people_count, people_time
 
 _PLAIN_SECONDS = 10.0
 _MARKS = {

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 import aiohttp
 
-from headrace_operator.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.kube import ApiError, Kube, Raw, path
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,16 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.config import ConfigException
 
-from headrace_operator import logs, metrics, watch
-from headrace_operator.apply import Writer
-from headrace_operator.cluster import Cluster, RunKey
-from headrace_operator.kube import ApiError, Kube, Raw, path
+from headrace_operator import logs, metrics
+from headrace_operator.body import watch
+from headrace_operator.body.apply import Writer
+from headrace_operator.body.caches import Cluster, RunKey
+from headrace_operator.body.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.queue import WorkQueue
+from headrace_operator.body.reconcile import Reconciler
+from headrace_operator.body.runs import Runs, key_of
 from headrace_operator.leader import Leadership, LeaseSettings
 from headrace_operator.progress import ProgressEndpoint, TokenReviews
-from headrace_operator.queue import WorkQueue
-from headrace_operator.reconcile import Reconciler
-from headrace_operator.runs import Runs, key_of
 from headrace_operator.settings import Settings
 from headrace_operator.web import application, serve
 

@@ -16,10 +16,10 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, ProgressReport
-from headrace_operator.cluster import Cluster, RunKey
-from headrace_operator.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.caches import Cluster, RunKey
+from headrace_operator.body.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.records import PodRecord
 from headrace_operator.metrics import PROGRESS_REPORTS
-from headrace_operator.records import PodRecord
 
 logger = logging.getLogger(__name__)
 

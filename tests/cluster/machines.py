@@ -1,7 +1,7 @@
 """The machines: Linux namespaces held by one process each (hold.py), and the daemons that run inside them.
 
 A machine is recognised by its holder's command line, never by a remembered process id: so a machine is found, and can be
-ended, even when the state folder was lost. Next rooms: network.py wires machines up, controlplane.py and nodes.py fill them.
+ended, even when the state folder was lost. Next: network.py wires machines up, controlplane.py and nodes.py fill them.
 """
 
 import os

@@ -8,7 +8,7 @@ import pytest
 from builders import STAGES
 from headrace_api.contract import ResolvedStage
 from headrace_api.runtime import TrainingRuntime
-from headrace_operator.build import build, owned
+from headrace_operator.body.build import build, owned
 
 Json = dict[str, Any]
 
@@ -172,7 +172,7 @@ def test_a_service_is_a_deployment_with_one_address_for_all_attempts() -> None:
     assert selector == service["spec"]["selector"]
     assert "headrace.dev/attempt" not in selector
     probe = trainer_of(deployment)["readinessProbe"]["exec"]["command"]
-    assert probe == ["/opt/python", "-m", "headrace_trainer.serve.ready"]
+    assert probe == ["/opt/python", "-m", "headrace_trainer.stages.deploy.ready"]
     assert {"name": "http", "containerPort": 8000, "protocol": "TCP"} in trainer_of(deployment)["ports"]
     assert env_of(deployment)["JOB_COMPLETION_INDEX"] == "0"
 

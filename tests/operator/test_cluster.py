@@ -8,10 +8,10 @@ import pytest
 
 from headrace_api.contract import Progress
 from headrace_api.faults import FaultClass
-from headrace_operator.cluster import Cache, Cluster, RunKey
-from headrace_operator.observe import Attempt, AttemptState
-from headrace_operator.outcomes import explain_failure, explain_success
-from headrace_operator.records import JobRecord, PodRecord, deployment_record, job_record, pod_record
+from headrace_operator.body.caches import Cache, Cluster, RunKey
+from headrace_operator.body.outcomes import explain_failure, explain_success
+from headrace_operator.body.records import JobRecord, PodRecord, deployment_record, job_record, pod_record
+from headrace_operator.brain.observed import Attempt, AttemptState
 
 Json = dict[str, Any]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from headrace_operator.build.merge import merge
+from headrace_operator.body.build.merge import merge
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("dicts merge", {"a": {"x": 1, "y": 2}}, {"a": {"y": 3}}, {"a": {"x": 1, "y": 3}}),

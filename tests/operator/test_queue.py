@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from headrace_operator.queue import Deadlines, Retry, WorkQueue, backoff_seconds
+from headrace_operator.body.queue import Deadlines, Retry, WorkQueue, backoff_seconds
 
 
 def work(

@@ -9,12 +9,12 @@ from prometheus_client.exposition import generate_latest
 
 from headrace_api.contract import Progress, ProgressReport
 from headrace_api.errors import ManifestError
-from headrace_operator.apply import status_delay
+from headrace_operator.body.apply import status_delay
+from headrace_operator.body.reconcile import is_complete, refused_status
+from headrace_operator.body.records import PodRecord, pod_record
 from headrace_operator.leader import may_claim
 from headrace_operator.metrics import REGISTRY, RunCollector
 from headrace_operator.progress import PodIdentity, Refusal, check, identity
-from headrace_operator.reconcile import is_complete, refused_status
-from headrace_operator.records import PodRecord, pod_record
 from headrace_operator.settings import Settings
 
 Json = dict[str, Any]

@@ -9,8 +9,8 @@ from builders import STAGES, START, ended, failed, make_run, seen, succeeded
 from headrace_api.contract import Progress, SavedCheckpoint
 from headrace_api.faults import FaultClass, Outcome
 from headrace_api.run import ConditionType, StageState, TrainingRun
-from headrace_operator.observe import Attempt, AttemptState, Observed
-from headrace_operator.plan import Plan, plan
+from headrace_operator.brain.observed import Attempt, AttemptState, Observed
+from headrace_operator.brain.plan import Plan, plan
 
 
 @dataclass

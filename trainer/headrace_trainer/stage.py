@@ -1,7 +1,7 @@
 """One rank of a stage: ``python -m headrace_trainer.stage stage.json``.
 
-In: a ``ResolvedStage`` and the environment that torchrun or the agent sets. The room of the stage's kind does the work;
-what it leaves in ``ctx.output`` is committed as the stage's artifact. Out: an ``Outcome`` for each rank, in the scratch
+In: a ``ResolvedStage`` and the environment that torchrun or the agent sets. ``stages.<kind>.run`` does the work; what
+it leaves in ``ctx.output`` is committed as the stage's artifact. Out: an ``Outcome`` for each rank, in the scratch
 folder, from which the agent makes the pod's termination message.
 """
 
@@ -27,17 +27,6 @@ from headrace_trainer.errors import StorageError, UserError, fault_of
 from headrace_trainer.processes import die_with_parent
 from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
-ROOMS = {
-    "corpus": "headrace_trainer.corpus",
-    "tokenizer": "headrace_trainer.tokenizer",
-    "shards": "headrace_trainer.shards",
-    "pretrain": "headrace_trainer.train",
-    "evaluate": "headrace_trainer.evaluate",
-    "export": "headrace_trainer.export",
-    "deploy": "headrace_trainer.serve",
-}
-"""Stage kind -> the package whose ``run(ctx)`` does it."""
-
 _REPORT_SECONDS = 0.5
 STOP_FILE = "stop"
 HEARTBEATS = "heartbeats"
@@ -48,7 +37,7 @@ log = logging.getLogger("headrace")
 
 @dataclass(kw_only=True)
 class StageContext:
-    """What a room is given: its configuration, its inputs, and somewhere to leave its results."""
+    """What a stage is given: its configuration, its inputs, and somewhere to leave its results."""
 
     resolved: ResolvedStage
     scratch: Path
@@ -140,7 +129,7 @@ def run_stage(ctx: StageContext) -> Outcome:
         The outcome of this rank; the one of rank 0 has the artifact's digest.
     """
     started = time.time()
-    metrics = importlib.import_module(ROOMS[ctx.resolved.stage.kind]).run(ctx)
+    metrics = importlib.import_module(f"headrace_trainer.stages.{ctx.resolved.stage.kind}").run(ctx)
     if ctx.local_rank != 0:
         return Outcome()
     ctx.report(phase="Saving")

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from headrace_api.stages.corpus import Quality
-from headrace_trainer.corpus import clean, run, stage
-from headrace_trainer.corpus.dedup import text_digest
-from headrace_trainer.corpus.documents import read_documents, read_report
-from headrace_trainer.corpus.funnel import Count, Funnel
-from headrace_trainer.corpus.language import identify, known_languages
-from headrace_trainer.corpus.quality import QualityJudge
 from headrace_trainer.errors import Stopped, UserError
+from headrace_trainer.formats.documents import read_documents, read_report
+from headrace_trainer.stages.corpus import clean, run, stage
+from headrace_trainer.stages.corpus.dedup import text_digest
+from headrace_trainer.stages.corpus.funnel import Count, Funnel
+from headrace_trainer.stages.corpus.language import identify, known_languages
+from headrace_trainer.stages.corpus.quality import QualityJudge
 from trainer.data.builders import corpus_config, html_page, make_context, prose, write_jsonl, write_warc, write_wet
 
 GERMAN = (
@@ -209,7 +209,7 @@ def test_sources_in_s3_give_the_same_documents(tmp_path, s3):
 
 
 def test_large_corpora_are_cut_into_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("headrace_trainer.corpus.documents._FILE_BYTES", 20_000)
+    monkeypatch.setattr("headrace_trainer.formats.documents._FILE_BYTES", 20_000)
     path = write_jsonl(tmp_path / "a.jsonl", [prose(seed) for seed in range(100)])
     documents, _, _ = clean_corpus(tmp_path, corpus_config(path))
     assert [d.text for d in documents] == [prose(seed) for seed in range(100)]

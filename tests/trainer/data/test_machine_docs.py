@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from headrace_trainer.corpus import run
-from headrace_trainer.corpus.documents import read_report
-from headrace_trainer.corpus.machine_docs import docstrings, manuals, pages, readmes
-from headrace_trainer.corpus.machine_docs.found import Found, up_to
-from headrace_trainer.corpus.machine_docs.render import render_all
-from headrace_trainer.corpus.readers.html import main_text
 from headrace_trainer.errors import UserError
+from headrace_trainer.formats.documents import read_report
+from headrace_trainer.stages.corpus import run
+from headrace_trainer.stages.corpus.machine_docs import docstrings, manuals, pages, readmes
+from headrace_trainer.stages.corpus.machine_docs.found import Found, up_to
+from headrace_trainer.stages.corpus.machine_docs.render import render_all
+from headrace_trainer.stages.corpus.readers.html import main_text
 from trainer.data.builders import corpus_config, make_context
 
 MAX_MB = 1.0
@@ -23,7 +23,15 @@ FORMATS = ("jsonl", "parquet", "text", "warc")
 
 
 def gather(out, **environment):
-    command = [sys.executable, "-m", "headrace_trainer.corpus.machine_docs", "--out", str(out), "--max-mb", str(MAX_MB)]
+    command = [
+        sys.executable,
+        "-m",
+        "headrace_trainer.stages.corpus.machine_docs",
+        "--out",
+        str(out),
+        "--max-mb",
+        str(MAX_MB),
+    ]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
@@ -138,7 +146,7 @@ def test_a_long_description_is_the_body_of_the_metadata():
 
 
 def test_a_broken_out_folder_is_a_user_error(tmp_path):
-    from headrace_trainer.corpus.machine_docs.__main__ import gather as gather_here
+    from headrace_trainer.stages.corpus.machine_docs.__main__ import gather as gather_here
 
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="name another folder"):

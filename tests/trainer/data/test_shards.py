@@ -8,12 +8,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from headrace_trainer.corpus.documents import read_documents
 from headrace_trainer.errors import UserError
-from headrace_trainer.shards.manifest import read_manifest
-from headrace_trainer.shards.split import Split, split_of
-from headrace_trainer.shards.stage import token_dtype
-from headrace_trainer.shards.writer import ShardWriter
+from headrace_trainer.formats.documents import read_documents
+from headrace_trainer.formats.shards.manifest import read_manifest
+from headrace_trainer.formats.shards.split import Split, split_of
+from headrace_trainer.stages.shards.stage import token_dtype
+from headrace_trainer.stages.shards.writer import ShardWriter
 from trainer.data.builders import prose
 from trainer.data.conftest import run_chain
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from headrace_trainer.errors import StorageError, UserError
-from headrace_trainer.shards.order import shuffle_key, shuffled
-from headrace_trainer.shards.reader import TokenDataset
+from headrace_trainer.formats.shards.order import shuffle_key, shuffled
+from headrace_trainer.formats.shards.reader import TokenDataset
 
 T = 64
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from headrace_trainer.corpus.documents import Document
 from headrace_trainer.errors import UserError
-from headrace_trainer.tokenizer import run
-from headrace_trainer.tokenizer.files import END_OF_TEXT, load_tokenizer
-from headrace_trainer.tokenizer.train import sample_texts, train_bpe
+from headrace_trainer.formats.documents import Document
+from headrace_trainer.formats.tokenizer import END_OF_TEXT, load_tokenizer
+from headrace_trainer.stages.tokenizer import run
+from headrace_trainer.stages.tokenizer.train import sample_texts, train_bpe
 from trainer.data import gpt2_merges
 from trainer.data.builders import make_context, prose
 
@@ -60,7 +60,7 @@ def test_the_metrics_are_measured(chain):
 
 def test_every_process_learns_the_same_merges(tmp_path):
     script = (
-        "from headrace_trainer.tokenizer.train import train_bpe\n"
+        "from headrace_trainer.stages.tokenizer.train import train_bpe\n"
         "from trainer.data.builders import prose\n"
         "print(train_bpe([prose(i) for i in range(200)], vocab_size=450).to_str())\n"
     )

@@ -13,7 +13,7 @@ from headrace_api.contract import ResolvedStage
 from headrace_api.faults import Outcome
 from headrace_api.run import Stage, Storage
 from trainer.data.builders import corpus_config, finish, make_context, prose, write_jsonl
-from trainer.megatron.gangs import Ended, gang
+from trainer.engine.gangs import Ended, gang
 
 LENGTH = 32
 SEED = 7

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from headrace_api.stages import Evaluate
 from headrace_trainer.errors import UserError
-from headrace_trainer.evaluate.measures import bits_per_byte, perplexity, surprisal
-from headrace_trainer.evaluate.report import Example, examples_table, figures_table
-from headrace_trainer.evaluate.stage import check_requirements
-from headrace_trainer.evaluate.unigram import unigram_losses
+from headrace_trainer.stages.evaluate.measures import bits_per_byte, perplexity, surprisal
+from headrace_trainer.stages.evaluate.report import Example, examples_table, figures_table
+from headrace_trainer.stages.evaluate.stage import check_requirements
+from headrace_trainer.stages.evaluate.unigram import unigram_losses
 
 
 def _printed(table) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headrace_trainer.evaluate.curve import draw_curve
+from headrace_trainer.stages.evaluate.curve import draw_curve
 from trainer.evaluate.builders import LENGTH, Trained, evaluate, figures, stream, tokens, train
 
 

@@ -18,18 +18,18 @@ from headrace_api.artifact import Artifact, ArtifactRef
 from headrace_api.contract import ResolvedStage
 from headrace_api.stages.export import ExportDtype
 from headrace_trainer import artifacts
-from headrace_trainer.export import run
-from headrace_trainer.export import stage as export_stage
-from headrace_trainer.export.lineage import lineage
-from headrace_trainer.export.llama import to_llama
-from headrace_trainer.export.parity import check_export
-from headrace_trainer.export.weights import read_weights
-from headrace_trainer.model.card import read_card
+from headrace_trainer.formats.model_card import read_card
+from headrace_trainer.formats.tokenizer import END_OF_TEXT, save_tokenizer
 from headrace_trainer.stage import StageContext
+from headrace_trainer.stages.export import run
+from headrace_trainer.stages.export import stage as export_stage
+from headrace_trainer.stages.export.lineage import lineage
+from headrace_trainer.stages.export.llama import to_llama
+from headrace_trainer.stages.export.parity import check_export
+from headrace_trainer.stages.export.weights import read_weights
 from headrace_trainer.storage import DirectoryStore, open_store
-from headrace_trainer.tokenizer.files import END_OF_TEXT, save_tokenizer
+from trainer.engine.gangs import TP1, TP2, TP2_PP2, Run, gang, resolved, train
 from trainer.export.ranks import CONTINUATION, PROMPTS, VOCAB, Windows, ask_megatron, megatron_loss
-from trainer.megatron.gangs import TP1, TP2, TP2_PP2, Run, gang, resolved, train
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""A resolved stage and its runtime -> Kubernetes objects. Pure.
+
+In: ``ResolvedStage`` from ``plan``, a ``TrainingRuntime``. Out: ``Objects`` for ``apply`` to write, in order.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from headrace_api.artifact import canonical_digest
+from headrace_api.contract import STAGE_FILE, ResolvedStage
+from headrace_api.runtime import TrainingRuntime
+from headrace_api.stages import RunsAs
+from headrace_operator.body.build.job import headless_service, job
+from headrace_operator.body.build.names import (
+    DIGEST_ANNOTATION,
+    RUN_LABEL,
+    account_name,
+    metadata,
+    reference,
+    run_reference,
+)
+from headrace_operator.body.build.service import cluster_service, deployment
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """What an attempt consists of."""
+
+    account: Raw
+    """The ServiceAccount of all the run's pods; without it no pod is admitted, so it comes first."""
+    workload: Raw
+    """The Job or Deployment."""
+    dependents: tuple[Raw, ...]
+    """What goes when the workload goes. They carry no ownerReference yet: ``owned`` adds it."""
+
+
+def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
+    """The objects of an attempt."""
+    pool = runtime.spec.trainer
+    if resolved.stage.config.RUNS_AS is RunsAs.SERVICE:
+        workload, service = deployment(resolved, pool), cluster_service(resolved)
+    else:
+        workload, service = job(resolved, pool), headless_service(resolved)
+    config = _config(resolved, workload["metadata"]["name"])
+    digest = canonical_digest([workload, service, config])
+    workload["metadata"]["annotations"][DIGEST_ANNOTATION] = digest
+    return Objects(account=_account(resolved), workload=workload, dependents=(config, service))
+
+
+def owned(obj: Raw, *, by: Raw) -> Raw:
+    """``obj`` with an ownerReference to an object that the API server has answered with."""
+    meta = by["metadata"]
+    owner = reference(by["apiVersion"], by["kind"], meta["name"], meta["uid"])
+    return {**obj, "metadata": {**obj["metadata"], "ownerReferences": [owner]}}
+
+
+def _account(resolved: ResolvedStage) -> Raw:
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": {
+            "name": account_name(resolved.run),
+            "namespace": resolved.namespace,
+            "labels": {"app.kubernetes.io/managed-by": "headrace", RUN_LABEL: resolved.run},
+            "ownerReferences": [run_reference(resolved)],
+        },
+        "automountServiceAccountToken": False,
+    }
+
+
+def _config(resolved: ResolvedStage, name: str) -> Raw:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata(resolved, name),
+        "data": {STAGE_FILE: resolved.model_dump_json(by_alias=True, exclude_none=True, indent=2)},
+    }

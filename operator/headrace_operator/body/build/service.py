@@ -1,0 +1,77 @@
+"""A deployed model: a Deployment that outlives its attempts' pods, and a Service with one address for all of them."""
+
+from typing import Any
+
+from headrace_api.contract import ResolvedStage
+from headrace_api.runtime import Pool
+from headrace_api.stages import Deploy
+from headrace_operator.body.build.names import (
+    RUN_LABEL,
+    STAGE_LABEL,
+    metadata,
+    run_reference,
+    service_name,
+)
+from headrace_operator.body.build.pod import CONTAINER, pod_template
+
+
+def deployment(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
+    """Replicas of one server."""
+    deploy = _deploy(resolved)
+    name = service_name(resolved.run, resolved.stage.name)
+    template = pod_template(resolved, pool, config=name, extra=_server(pool, port=deploy.port))
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {**metadata(resolved, name), "ownerReferences": [run_reference(resolved)]},
+        "spec": {
+            "replicas": deploy.replicas,
+            "selector": {"matchLabels": _selector(resolved)},
+            "template": template,
+        },
+    }
+
+
+def cluster_service(resolved: ResolvedStage) -> dict[str, Any]:
+    """The address of the servers."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(resolved, service_name(resolved.run, resolved.stage.name)),
+        "spec": {
+            "type": "ClusterIP",
+            "selector": _selector(resolved),
+            "ports": [{"name": "http", "port": _deploy(resolved).port, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }
+
+
+def endpoint(run: str, stage: str, *, namespace: str, port: int) -> str:
+    """Where a deployed model answers inside the cluster."""
+    return f"http://{service_name(run, stage)}.{namespace}.svc:{port}"
+
+
+def _deploy(resolved: ResolvedStage) -> Deploy:
+    config = resolved.stage.config
+    assert isinstance(config, Deploy), f"{resolved.stage.kind} is not a service"
+    return config
+
+
+def _selector(resolved: ResolvedStage) -> dict[str, str]:
+    """Not the attempt: a selector cannot change, and a new attempt rolls over the old one."""
+    return {RUN_LABEL: resolved.run, STAGE_LABEL: resolved.stage.name}
+
+
+def _server(pool: Pool, *, port: int) -> dict[str, Any]:
+    container = {
+        "name": CONTAINER,
+        "env": [{"name": "JOB_COMPLETION_INDEX", "value": "0"}],
+        "ports": [{"name": "http", "containerPort": port, "protocol": "TCP"}],
+        "readinessProbe": {
+            "exec": {"command": [pool.python, "-m", "headrace_trainer.stages.deploy.ready"]},
+            "periodSeconds": 10,
+            "timeoutSeconds": 10,
+            "failureThreshold": 3,
+        },
+    }
+    return {"spec": {"restartPolicy": "Always", "containers": [container]}}

@@ -1,0 +1,176 @@
+"""One look at one run: observe, plan, write the status, stop, start.
+
+In: a run's key from the queue. Out: when to look again at the latest. ``plan`` decides; ``apply`` writes.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+
+from headrace_api.errors import ManifestError, parse_run
+from headrace_api.run import Condition, ConditionType, RunStatus, TrainingRun
+from headrace_api.runtime import TrainingRuntime
+from headrace_operator.body.apply import Writer, status_delay
+from headrace_operator.body.caches import Cluster, RunKey
+from headrace_operator.body.kube import ApiError, Raw
+from headrace_operator.body.queue import Retry
+from headrace_operator.body.runs import Runs, runtime_of
+from headrace_operator.brain.plan import Event, Plan, plan
+from headrace_operator.metrics import RECONCILE_ERRORS, RECONCILE_SECONDS
+
+
+@dataclass(kw_only=True)
+class Reconciler:
+    """Makes the cluster what runs ask for."""
+
+    runs: Runs
+    runtimes: Mapping[str, Raw]
+    cluster: Cluster
+    writer: Writer
+    progress_url: str | None
+    """Where pods report."""
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    _written: dict[RunKey, float] = field(default_factory=dict)
+    """When each status was last written, by the monotonic clock."""
+    _complaints: dict[RunKey, str] = field(default_factory=dict)
+    """What each run was last told about a start that failed; said once."""
+
+    async def __call__(self, key: RunKey) -> float | None:
+        """Look at a run once; returns after how many seconds to look again at the latest."""
+        with RECONCILE_SECONDS.time():
+            try:
+                return await self._reconcile(key)
+            except Retry:
+                RECONCILE_ERRORS.labels(reason="retry").inc()
+                raise
+            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+                RECONCILE_ERRORS.labels(reason="api").inc()
+                raise Retry(str(error) or type(error).__name__) from error
+            except Exception:
+                RECONCILE_ERRORS.labels(reason="bug").inc()
+                raise
+
+    def forget(self, key: RunKey) -> None:
+        """Forget a run that is gone."""
+        self.runs.drop(key)
+        self.cluster.progress.forget(key)
+        self.writer.forget(key)
+        self._written.pop(key, None)
+        self._complaints.pop(key, None)
+
+    async def _reconcile(self, key: RunKey) -> float | None:
+        raw = self.runs.get(key)
+        if raw is None:
+            return None
+        try:
+            run = _parse(raw)
+        except ManifestError as error:
+            await self._refuse(key, raw, error)
+            return None
+        now = self.clock()
+        decision = plan(run, self.cluster.observe(key, run_uid=run.metadata.uid, now=now))
+        runtime = self._runtime(raw) if decision.start else None
+        delay = await self._write(key, raw, self._status(decision, runtime, raw))
+        for event in decision.events:
+            await self.writer.post_event(raw, event)
+        for attempt in decision.stop:
+            await self.writer.stop(key, attempt, run_uid=run.metadata.uid)
+        if runtime is not None:
+            await self._start(key, raw, decision, runtime)
+        return _first(decision.requeue_after_seconds, delay, self.cluster.seconds_to_loss(key, now=now))
+
+    async def _start(self, key: RunKey, raw: Raw, decision: Plan, runtime: TrainingRuntime) -> None:
+        try:
+            for resolved in decision.start:
+                told = resolved.model_copy(update={"progress_url": self.progress_url})
+                await self.writer.start(told, runtime)
+        except (ApiError, Retry) as error:
+            if self._complaints.get(key) != str(error):
+                self._complaints[key] = str(error)
+                await self.writer.post_event(raw, Event(type="Warning", reason="StartFailed", message=str(error)))
+            raise
+        self._complaints.pop(key, None)
+
+    def _runtime(self, raw: Raw) -> TrainingRuntime | None:
+        found = self.runtimes.get(runtime_of(raw))
+        return TrainingRuntime.model_validate(found) if found is not None else None
+
+    def _status(self, decision: Plan, runtime: TrainingRuntime | None, raw: Raw) -> dict[str, Any]:
+        status = decision.status.dump()
+        if decision.start and runtime is None:
+            status["phaseMessage"] = f"Waiting: there is no TrainingRuntime {runtime_of(raw)}"
+        return status
+
+    async def _write(self, key: RunKey, raw: Raw, status: dict[str, Any]) -> float | None:
+        """Write a status that is due; returns when it is due if that is later."""
+        since = time.monotonic() - self._written.get(key, float("-inf"))
+        delay = status_delay(raw.get("status", {}), status, seconds_since_write=since)
+        if delay == 0:
+            await self.writer.write_status(raw, status)
+            self._written[key] = time.monotonic()
+            return None
+        return delay
+
+    async def _refuse(self, key: RunKey, raw: Raw, error: ManifestError) -> None:
+        """Say what is wrong with a run, and leave what it may have running as it is.
+
+        A run that is complete was valid once: an operator that has become stricter does not take that back.
+        """
+        if is_complete(raw):
+            return
+        status = refused_status(raw, error, now=self.clock())
+        if status_delay(raw.get("status", {}), status, seconds_since_write=0.0) is not None:
+            await self._write(key, raw, status)
+            await self.writer.post_event(raw, Event(type="Warning", reason="Invalid", message=str(error)))
+
+
+def _parse(raw: Raw) -> TrainingRun:
+    """A run that can be planned.
+
+    Raises:
+        ManifestError: it cannot, though the API server took it.
+    """
+    run = parse_run({k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec", "status") if k in raw})
+    if run.spec.storage.uri is None:
+        raise ManifestError(
+            ["spec.storage.uri: missing; a run in a cluster names the place of its artifacts, as s3://bucket/run"]
+        )
+    return run
+
+
+def is_complete(raw: Raw) -> bool:
+    """Whether a run has finished what its present spec asks for."""
+    status = raw.get("status", {})
+    done = any(c["type"] == ConditionType.COMPLETE and c["status"] == "True" for c in status.get("conditions", []))
+    return done and status.get("observedGeneration") == raw["metadata"].get("generation")
+
+
+def refused_status(raw: Raw, error: ManifestError, *, now: datetime) -> dict[str, Any]:
+    """The status of a run that cannot be planned: what it was, failed, and why."""
+    before = raw.get("status", {})
+    known = {c["type"]: c for c in before.get("conditions", [])}
+    was = known.get(ConditionType.FAILED, {})
+    failed = Condition(
+        type=ConditionType.FAILED,
+        status="True",
+        reason="Invalid",
+        message=str(error),
+        last_transition_time=was["lastTransitionTime"] if was.get("status") == "True" else now,
+    ).dump()
+    others = [c for c in known.values() if c["type"] != ConditionType.FAILED]
+    fresh = RunStatus(summary="Failed", observed_generation=raw["metadata"].get("generation")).dump()
+    return {
+        **fresh,
+        **before,
+        "summary": "Failed",
+        "observedGeneration": fresh.get("observedGeneration"),
+        "conditions": [*others, failed],
+    }
+
+
+def _first(*seconds: float | None) -> float | None:
+    return min((s for s in seconds if s is not None), default=None)

@@ -1,0 +1,196 @@
+"""Kubernetes objects cut down to what is read of them: a pod of 10 KB becomes a record of 500 bytes.
+
+In: JSON from the API server. Out: frozen records for the caches in ``cluster``. Pure.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from headrace_operator.body.build.names import (
+    ATTEMPT_LABEL,
+    DIGEST_ANNOTATION,
+    HASH_ANNOTATION,
+    INDEX_LABEL,
+    RUN_LABEL,
+    RUN_UID_LABEL,
+    STAGE_LABEL,
+)
+from headrace_operator.body.build.pod import CONTAINER
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What every child of a run says of itself."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    """resourceVersion: a record with a lower one is older."""
+    run: str
+    run_uid: str
+    stage: str
+    attempt: int
+    hash: str
+    deleted_at: datetime | None
+    """When the grace period of its deletion ends; None while it is not being deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord(Record):
+    """The Job of an attempt."""
+
+    size: int
+    """Pods that it wants."""
+    complete: bool
+    failed: bool
+    """It has failed, or is about to: it has begun to end its other pods."""
+    reason: str
+    """Why it failed, in Kubernetes' word."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentRecord(Record):
+    """The Deployment of a service."""
+
+    digest: str
+    """Of what was applied."""
+    available_since: datetime | None
+    """Since when enough replicas answer; None while they do not."""
+    stuck: str
+    """Why the roll-out will not end by itself; empty while it may."""
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodRecord(Record):
+    """A pod of an attempt."""
+
+    index: int
+    """JOB_COMPLETION_INDEX; 0 for a service's pods."""
+    phase: str
+    node: str | None
+    disruption: str
+    """What ended it from outside, as PreemptionByScheduler, Evicted or OOMKilled; empty if nothing did."""
+    waiting: str
+    """Why it does not run yet, for people; empty if there is nothing to tell."""
+    exit_code: int | None
+    """The trainer's; of a container that was started again, the one before."""
+    last_words: str
+    """The termination message that goes with the exit code."""
+    finished_at: datetime | None
+    restarts: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether none of its containers will run again."""
+        return self.phase in ("Succeeded", "Failed")
+
+
+def job_record(raw: Raw) -> JobRecord:
+    """A Job, cut down."""
+    conditions = _true_conditions(raw)
+    failure = conditions.get("Failed") or conditions.get("FailureTarget")
+    return JobRecord(
+        **_common(raw),
+        size=raw["spec"].get("completions", 1),
+        complete="Complete" in conditions or "SuccessCriteriaMet" in conditions,
+        failed=failure is not None,
+        reason=(failure or {}).get("reason", ""),
+    )
+
+
+def deployment_record(raw: Raw) -> DeploymentRecord:
+    """A Deployment, cut down; a status that is about an older spec says nothing."""
+    status = raw.get("status", {})
+    current = status.get("observedGeneration") == raw["metadata"].get("generation")
+    conditions = {c["type"]: c for c in status.get("conditions", [])} if current else {}
+    available, progressing = conditions.get("Available", {}), conditions.get("Progressing", {})
+    stuck = progressing.get("reason") == "ProgressDeadlineExceeded"
+    return DeploymentRecord(
+        **_common(raw),
+        digest=raw["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION, ""),
+        available_since=_time(available.get("lastTransitionTime")) if available.get("status") == "True" else None,
+        stuck=str(progressing.get("message", "")) if stuck else "",
+        port=_http_port(raw),
+    )
+
+
+def pod_record(raw: Raw) -> PodRecord:
+    """A pod, cut down."""
+    status = raw.get("status", {})
+    container = _trainer(status.get("containerStatuses", []))
+    state = container.get("state", {})
+    ended = state.get("terminated") or container.get("lastState", {}).get("terminated") or {}
+    return PodRecord(
+        **_common(raw),
+        index=int(raw["metadata"]["labels"].get(INDEX_LABEL, 0)),
+        phase=status.get("phase", "Pending"),
+        node=raw["spec"].get("nodeName"),
+        disruption=_disruption(raw, ended),
+        waiting=_waiting(raw, state),
+        exit_code=ended.get("exitCode"),
+        last_words=ended.get("message", ""),
+        finished_at=_time(ended.get("finishedAt")),
+        restarts=container.get("restartCount", 0),
+    )
+
+
+def _common(raw: Raw) -> dict[str, Any]:
+    meta = raw["metadata"]
+    labels = meta["labels"]
+    return {
+        "namespace": meta["namespace"],
+        "name": meta["name"],
+        "uid": meta["uid"],
+        "version": int(meta["resourceVersion"]),
+        "run": labels[RUN_LABEL],
+        "run_uid": labels.get(RUN_UID_LABEL, ""),
+        "stage": labels[STAGE_LABEL],
+        "attempt": int(labels[ATTEMPT_LABEL]),
+        "hash": meta.get("annotations", {}).get(HASH_ANNOTATION, ""),
+        "deleted_at": _time(meta.get("deletionTimestamp")),
+    }
+
+
+def _true_conditions(raw: Raw) -> dict[str, Raw]:
+    return {c["type"]: c for c in raw.get("status", {}).get("conditions", []) if c["status"] == "True"}
+
+
+def _trainer(containers: Iterable[Raw]) -> Raw:
+    return next((c for c in containers if c["name"] == CONTAINER), {})
+
+
+def _http_port(raw: Raw) -> int:
+    ports = _trainer(raw["spec"]["template"]["spec"]["containers"]).get("ports", [])
+    return next((int(p["containerPort"]) for p in ports if p.get("name") == "http"), 0)
+
+
+def _disruption(raw: Raw, ended: Raw) -> str:
+    """What Kubernetes says ended the pod; plain exits and its own deletion by a Job are no disruption."""
+    target = _true_conditions(raw).get("DisruptionTarget", {}).get("reason", "")
+    said = raw.get("status", {}).get("reason", "") or ended.get("reason", "")
+    return target or ("" if said in ("Completed", "Error") else said)
+
+
+def _waiting(raw: Raw, state: Raw) -> str:
+    if raw.get("status", {}).get("phase") != "Pending" and "waiting" not in state:
+        return ""
+    waiting = state.get("waiting", {})
+    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+        return _sentence(waiting)
+    conditions = {c["type"]: c for c in raw.get("status", {}).get("conditions", [])}
+    scheduled = conditions.get("PodScheduled", {})
+    return _sentence(scheduled) if scheduled.get("status") == "False" else ""
+
+
+def _sentence(said: Raw) -> str:
+    return ": ".join(part for part in (said.get("reason"), said.get("message")) if part)
+
+
+def _time(value: str | None) -> datetime | None:
+    return datetime.fromisoformat(value) if value else None

@@ -1,0 +1,129 @@
+"""Every decision about a run: ``plan(run, observed)``. Pure; reads no clock but ``observed.now``.
+
+Level-triggered: the plan lists what should exist now, so a lost event, a replay or a restart of the body changes
+nothing. ``stage_plan`` decides about one stage; ``report`` makes the status that people read.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from headrace_api.contract import ResolvedStage
+from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
+from headrace_operator.brain.observed import LIVE, Attempt, Observed
+from headrace_operator.brain.report import report
+from headrace_operator.brain.stage_plan import StagePlan, plan_stage
+
+_KEPT_ATTEMPTS = 3
+"""Finished attempts whose objects, and so whose logs, are kept for each stage."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class AttemptKey:
+    """The name of an attempt."""
+
+    stage: str
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something worth telling, on a transition."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a body should make true.
+
+    A body writes ``status`` before it carries out ``start``: the status is the intent, and an attempt that it names and
+    nobody sees is started again under the same number.
+    """
+
+    start: tuple[ResolvedStage, ...]
+    """Attempts that should exist; listed again while they run, and applying one again changes nothing."""
+    stop: tuple[AttemptKey, ...]
+    """Attempts that should end: the pods are asked to save and exit, then removed."""
+    status: RunStatus
+    events: tuple[Event, ...] = ()
+    requeue_after_seconds: float | None = None
+    """When to plan again even if nothing is seen to change."""
+
+
+def plan(run: TrainingRun, observed: Observed) -> Plan:
+    """Decide what should be done about a run.
+
+    Args:
+        run: the manifest, and the status that the last plan left.
+        observed: what the body sees.
+    """
+    if run.metadata.deletion_timestamp is not None:
+        return Plan(start=(), stop=_keys(observed.attempts), status=run.status)
+    stages = _plan_stages(run, observed)
+    statuses = [s.status for s in stages]
+    known = {stage.name for stage in run.spec.stages}
+    strangers = _keys(a for a in observed.attempts if a.stage not in known)
+    return Plan(
+        start=tuple(s.start for s in stages if s.start is not None),
+        stop=strangers
+        + tuple(AttemptKey(stage=s.status.name, number=n) for s in stages for n in s.stop)
+        + _old(observed),
+        status=report(run, observed, statuses),
+        events=tuple(e for before, after in zip(_prior(run), statuses, strict=True) for e in _events(before, after)),
+        requeue_after_seconds=min((s.requeue_after_seconds for s in stages if s.requeue_after_seconds), default=None),
+    )
+
+
+def _plan_stages(run: TrainingRun, observed: Observed) -> list[StagePlan]:
+    """One plan for each stage, in order; a stage whose inputs are not ready waits, and its attempts are stopped."""
+    plans: list[StagePlan] = []
+    for stage, before in zip(run.spec.stages, _prior(run), strict=True):
+        ready = all(p.done for p in plans)
+        finished = {p.status.name: p.status.artifact for p in plans if p.status.artifact is not None}
+        plans.append(plan_stage(run, stage, before, observed, ready=ready, finished=finished))
+    return plans
+
+
+def _prior(run: TrainingRun) -> list[StageStatus]:
+    known = {s.name: s for s in run.status.stages}
+    return [known.get(stage.name, StageStatus(name=stage.name)) for stage in run.spec.stages]
+
+
+def _keys(attempts: Iterable[Attempt]) -> tuple[AttemptKey, ...]:
+    return tuple(AttemptKey(stage=a.stage, number=a.number) for a in attempts)
+
+
+def _old(observed: Observed) -> tuple[AttemptKey, ...]:
+    """Finished attempts beyond the newest few of each stage."""
+    stages = {a.stage for a in observed.attempts}
+    kept = {s: observed.of_stage(s)[-_KEPT_ATTEMPTS:] for s in stages}
+    return _keys(a for a in observed.attempts if a not in kept[a.stage] and a.state not in LIVE)
+
+
+def _events(before: StageStatus, after: StageStatus) -> list[Event]:
+    """What changed that people would want to know."""
+    name, events = after.name, []
+    if after.infra_restarts + after.user_restarts > before.infra_restarts + before.user_restarts:
+        events.append(
+            Event(type="Warning", reason="AttemptFailed", message=f"{name}: attempt {before.attempt}: {after.message}")
+        )
+    if after.state is StageState.RUNNING and after.attempt != before.attempt:
+        events.append(Event(type="Normal", reason="AttemptStarted", message=f"{name}: attempt {after.attempt}"))
+    if after.state is before.state:
+        return events
+    if after.state is StageState.SUCCEEDED:
+        events.append(Event(type="Normal", reason="StageSucceeded", message=f"{name}: {_figures(after)}"))
+    elif after.state is StageState.FAILED:
+        events.append(Event(type="Warning", reason="StageFailed", message=f"{name}: {after.reason}: {after.message}"))
+    elif after.state is StageState.SUSPENDED:
+        events.append(Event(type="Normal", reason="StageSuspended", message=f"{name}: after attempt {after.attempt}"))
+    return events
+
+
+def _figures(status: StageStatus) -> str:
+    if status.endpoint:
+        return f"serving at {status.endpoint}"
+    return ", ".join(f"{k}={v:.4g}" for k, v in sorted(status.metrics.items())) or "done"

@@ -1,0 +1,134 @@
+"""The status that people read: conditions, and the columns of ``kubectl get trun``. Pure."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from headrace_api.contract import Progress
+from headrace_api.run import (
+    CheckpointStatus,
+    Condition,
+    ConditionType,
+    RunStatus,
+    StageState,
+    StageStatus,
+    TrainingRun,
+)
+from headrace_operator.brain.observed import Observed
+
+
+def report(run: TrainingRun, observed: Observed, stages: Sequence[StageStatus]) -> RunStatus:
+    """The run's status, from the statuses of its stages.
+
+    Args:
+        run: the manifest and the last status; conditions keep their transition times.
+        observed: for the newest progress and the time.
+        stages: the new statuses, in order.
+    """
+    current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
+    progress = _progress_of(observed, current)
+    endpoint = next((s.endpoint for s in stages if s.endpoint), None)
+    return RunStatus(
+        conditions=_conditions(run, current, now=observed.now),
+        observed_generation=run.metadata.generation,
+        summary=_summary(current),
+        stage=current.name if current is not None else stages[-1].name,
+        restarts=sum(s.infra_restarts + s.user_restarts for s in stages),
+        checkpoint=_checkpoint(run, current, progress),
+        endpoint=endpoint,
+        stages=list(stages),
+        **_columns(run, current, progress),
+    )
+
+
+def _progress_of(observed: Observed, current: StageStatus | None) -> Progress | None:
+    if current is None:
+        return None
+    return next((a.progress for a in observed.of_stage(current.name) if a.number == current.attempt), None)
+
+
+def _summary(current: StageStatus | None) -> str:
+    if current is None:
+        return "Complete"
+    if current.state is StageState.PENDING and current.retry_at is not None:
+        return "Restarting"
+    return current.state.value
+
+
+def _conditions(run: TrainingRun, current: StageStatus | None, *, now: datetime) -> list[Condition]:
+    state = current.state if current is not None else None
+    failed = current if state is StageState.FAILED else None
+    truth = {
+        ConditionType.COMPLETE: (current is None, "StagesSucceeded" if current is None else "StagesUnfinished", ""),
+        ConditionType.FAILED: (
+            failed is not None,
+            (failed.reason if failed is not None else None) or "NoFailure",
+            f"{failed.name}: {failed.message}" if failed is not None else "",
+        ),
+        ConditionType.SUSPENDED: (
+            state is StageState.SUSPENDED,
+            "SuspendRequested" if state is StageState.SUSPENDED else "NotSuspended",
+            "",
+        ),
+    }
+    before = {c.type: c for c in run.status.conditions}
+    return [
+        _condition(kind, holds, reason, message, before.get(kind), now=now)
+        for kind, (holds, reason, message) in truth.items()
+    ]
+
+
+def _condition(
+    kind: ConditionType, holds: bool, reason: str, message: str, before: Condition | None, *, now: datetime
+) -> Condition:
+    status = "True" if holds else "False"
+    since = before.last_transition_time if before is not None and before.status == status else now
+    return Condition.model_validate(
+        {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": since}
+    )
+
+
+def _checkpoint(run: TrainingRun, current: StageStatus | None, progress: Progress | None) -> CheckpointStatus | None:
+    if current is None:
+        return None
+    if progress is not None and progress.checkpoint is not None:
+        return CheckpointStatus.model_validate(progress.checkpoint.model_dump())
+    return run.status.checkpoint if run.status.stage == current.name else None
+
+
+def _columns(run: TrainingRun, current: StageStatus | None, progress: Progress | None) -> dict[str, str | None]:
+    """Step, progress, loss and their like; kept from the last status while a new attempt has not reported yet."""
+    before = run.status
+    if current is not None and progress is None and before.stage == current.name:
+        return {"step": before.step, "progress": before.progress, "loss": before.loss}
+    if progress is None:
+        return {"loss": before.loss} if current is None else {}
+    total = progress.total
+    return {
+        "step": f"{progress.done}/{total}" if total else str(progress.done),
+        "progress": f"{100 * progress.done // total}%" if total else None,
+        "loss": f"{progress.loss:.4f}" if progress.loss is not None else None,
+        "tokens_per_second": people_count(progress.tokens_per_second),
+        "eta": people_time(progress.eta_seconds),
+        "phase_message": f"{progress.phase}: {progress.message}" if progress.message else progress.phase,
+    }
+
+
+def people_count(number: float | None) -> str | None:
+    """``1234567`` as ``1.2M``."""
+    if number is None:
+        return None
+    for bound, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= bound:
+            return f"{number / bound:.1f}{suffix}"
+    return f"{number:.0f}"
+
+
+def people_time(seconds: float | None) -> str | None:
+    """``3700`` as ``1h1m``: the two largest units."""
+    if seconds is None:
+        return None
+    whole = round(seconds)
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    parts = [f"{whole // size % limit}{unit}" for (unit, size), limit in zip(units, (10**6, 24, 60, 60), strict=True)]
+    first = next((i for i, (_, size) in enumerate(units) if whole >= size), 3)
+    return "".join(p for p in parts[first : first + 2] if not p.startswith("0")) or "0s"

@@ -1,0 +1,255 @@
+"""Real gangs for tests: ranks are processes on gloo, forked from a server that has imported Megatron once.
+
+``train(run, layout)`` runs the pretrain loop on synthetic tokens under any layout, and says what every rank ended with.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headrace_api.contract import ResolvedStage
+
+TP1 = {"tensor": 1, "pipeline": 1, "data": 1}
+TP2 = {**TP1, "tensor": 2}
+PP2 = {**TP1, "pipeline": 2}
+DP2 = {**TP1, "data": 2}
+TP2_PP2 = {"tensor": 2, "pipeline": 2, "data": 1}
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["headrace_trainer.stages.pretrain.stage"])
+_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A pretrain stage on synthetic tokens."""
+
+    folder: Path
+    steps: int = 20
+    every: int = 1000
+    attempt: int = 1
+    seed: int = 7
+    vocab_size: int = 250
+    precision: str = "fp32"
+    learning_rate: float = 3e-3
+    shards_digest: str = "d" * 64
+    model: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    die_at: int | None = None
+    """The last rank kills itself while it reads the batch of this step (counted from 0)."""
+    die_in_upload: int | None = None
+    """Rank 0 kills itself when it has uploaded one file of the checkpoint of this step."""
+    stop_at: int | None = None
+    """The last rank is asked to stop while it reads the batch of this step."""
+    full_at: int | None = None
+    """The last rank can write no file of more than 20 kB from this step on, as on a disk that is nearly full."""
+    nodes: bool = False
+    """Whether every rank has a scratch folder of its own, as on nodes of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a rank ended: what it returned, or what it raised, or the signal that killed it."""
+
+    value: Any = None
+    error: str = ""
+    message: str = ""
+    exit_code: int | None = 0
+
+
+def train(run: Run, layout: dict[str, int]) -> list[Ended]:
+    """Train under a layout; what each rank ended with, by rank. A good rank ends with ``Trained``."""
+    world = layout["tensor"] * layout["pipeline"] * layout["data"]
+    return gang(train_rank, world, run, layout)
+
+
+def losses(run: Run, layout: dict[str, int]) -> list[float]:
+    """The loss of every step of a run that must end well."""
+    ended = train(run, layout)
+    assert not any(e.error for e in ended), ended
+    return [record["loss"] for record in ended[0].value.history]
+
+
+def gang(work: Callable[..., Any], world: int, *args: Any) -> list[Ended]:
+    """Run ``work(rank, world, *args)`` in ``world`` processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # The server forks with the environment that it was started in, not with the present one.
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipes = [_SERVER.Pipe(duplex=False) for _ in range(world)]
+    ranks = [
+        _SERVER.Process(target=_rank, args=(work, rank, world, environment, pipes[rank][1], args), daemon=True)
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    for _, sender in pipes:
+        sender.close()
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    return [_ended(rank, receiver, deadline) for rank, (receiver, _) in zip(ranks, pipes, strict=True)]
+
+
+def _ended(rank: ForkServerProcess, receiver: Any, deadline: float) -> Ended:
+    said = Ended(error="Silent")
+    with contextlib.suppress(EOFError):
+        if receiver.poll(max(0.0, deadline - time.monotonic())):
+            said = receiver.recv()
+    rank.join(max(1.0, deadline - time.monotonic()))
+    if rank.is_alive():
+        rank.kill()
+        rank.join()
+        return Ended(error="Hung", message=f"no end after {_TIMEOUT_SECONDS} s")
+    return replace(said, exit_code=rank.exitcode)
+
+
+def _rank(
+    work: Callable[..., Any],
+    rank: int,
+    world: int,
+    environment: dict[str, str],
+    sender: Any,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ |= environment
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        ended = Ended(value=work(rank, world, *args))
+    except Exception as error:
+        traceback.print_exc()
+        ended = Ended(error=type(error).__name__, message=str(error))
+    sender.send_bytes(pickle.dumps(ended))
+    os._exit(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a rank that reached the end knows."""
+
+    history: list[dict[str, Any]]
+    first_step: int
+    metrics: dict[str, float]
+
+
+class Synthetic:
+    """Tokens that can be predicted in part: each follows from the one before it, or is random."""
+
+    num_samples = 4096
+
+    def __init__(self, run: Run, *, offset: int = 0, at: Callable[[int], None] = lambda index: None) -> None:
+        self._run, self._offset, self._at = run, offset, at
+
+    def sample(self, index: int) -> np.ndarray:
+        self._at(index)
+        rng = np.random.default_rng((self._run.seed, self._offset, index))
+        tokens = rng.integers(0, self._run.vocab_size, LENGTH + 1)
+        for i in range(1, LENGTH + 1):
+            if tokens[i] % 4:
+                tokens[i] = (tokens[i - 1] * 3 + 1) % self._run.vocab_size
+        return tokens
+
+
+LENGTH, BATCH = 32, 8
+
+
+def resolved(run: Run, layout: dict[str, int]) -> ResolvedStage:
+    """The stage that a run is."""
+    world = layout["tensor"] * layout["pipeline"] * layout["data"]
+    shape = {"layers": 4, "hiddenSize": 64, "heads": 4, "kvHeads": 2, "ffnHiddenSize": 96}
+    pretrain = {
+        "from": {"shards": "shards"},
+        "model": {**shape, **run.model},
+        "tokens": run.steps * BATCH * LENGTH,
+        "sequenceLength": LENGTH,
+        "globalBatchSize": BATCH,
+        "microBatchSize": 2,
+        "precision": run.precision,
+        "parallelism": {"tensor": layout["tensor"], "pipeline": layout["pipeline"]},
+        "schedule": {"learningRate": run.learning_rate, "warmup": 2},
+        "checkpoint": {"every": run.every},
+        "validation": {"every": 10, "samples": 5},
+    }
+    pretrain |= run.overrides
+    return ResolvedStage.model_validate(
+        {
+            "run": "test",
+            "stage": {"name": "pretrain", "compute": {"ranksPerNode": world}, "pretrain": pretrain},
+            "attempt": run.attempt,
+            "seed": run.seed,
+            "hash": "a" * 64,
+            "inputs": {"shards": {"uri": str(run.folder), "digest": run.shards_digest, "kind": "shards"}},
+            "storage": {"uri": str(run.folder / "storage")},
+            "outputUri": str(run.folder / "storage" / "pretrain"),
+        }
+    )
+
+
+def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Trained:
+    """One rank of the pretrain loop, from the newest checkpoint to the end."""
+    from headrace_trainer.engine.parallel import join_gang
+    from headrace_trainer.formats.model_card import describe
+    from headrace_trainer.stage import StageContext
+    from headrace_trainer.stages.pretrain.stage import build_loop, final_metrics, leave_model
+    from headrace_trainer.stages.pretrain.stage import layout as check_layout
+
+    stage = resolved(run, layout)
+    config = stage.stage.pretrain
+    assert config is not None
+    own = f"-node{rank}" if run.nodes else ""
+    scratch = run.folder / f"scratch-{run.attempt}{own}"
+    local_rank, local_world = (0, 1) if run.nodes else (rank, world)
+    ctx = StageContext(resolved=stage, scratch=scratch, rank=rank, world=world, local_rank=local_rank)
+    axes = check_layout(config.parallelism, config.model.architecture, num_ranks=world)
+    card = describe(
+        config.model.architecture,
+        vocab_size=run.vocab_size,
+        eod_id=0,
+        sequence_length=LENGTH,
+        precision=config.precision,
+    )
+    training = Synthetic(run, at=_trouble(run, ctx, is_last=rank == world - 1))
+    with join_gang(axes, rank=rank, local_rank=local_rank, local_world=local_world, seed=run.seed) as ranks:
+        loop = build_loop(ctx, ranks, card, training=training, validation=Synthetic(run, offset=1))
+        if run.die_in_upload is not None and rank == 0:
+            ctx.store.put_file = _fatal_put(ctx.store.put_file, step=run.die_in_upload)  # type: ignore[method-assign]
+        loop.resume()
+        first_step = loop.step
+        loop.run()
+        leave_model(ctx.output, loop, card)
+    return Trained(history=loop.history.records, first_step=first_step, metrics=final_metrics(loop, card))
+
+
+def _trouble(run: Run, ctx: Any, *, is_last: bool) -> Callable[[int], None]:
+    def at(index: int) -> None:
+        if is_last and run.die_at is not None and index >= run.die_at * BATCH:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if is_last and run.stop_at is not None and index >= run.stop_at * BATCH:
+            (ctx.scratch / "stop").touch()
+        if is_last and run.full_at is not None and index >= run.full_at * BATCH:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    return at
+
+
+def _fatal_put(put: Callable[..., None], *, step: int) -> Callable[..., None]:
+    def put_file(key: str, path: Path) -> None:
+        put(key, path)
+        if f"step-{step:08d}" in key:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return put_file

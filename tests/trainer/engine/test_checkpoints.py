@@ -1,0 +1,109 @@
+"""Only what was committed and is whole is resumed from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace_trainer.engine.checkpoint.manifest import folder_name, newest_first
+from trainer.engine.gangs import TP1, TP2, Run, train
+
+
+def trained(folder: Path, **changes: object) -> Run:
+    """A run with committed checkpoints of steps 2 and 4, and more steps to go."""
+    run = Run(folder=folder, steps=6, every=2, stop_at=3, **changes)  # type: ignore[arg-type]
+    assert train(run, TP1)[0].error == "Stopped"
+    return replace(run, stop_at=None, attempt=2)
+
+
+def checkpoint(run: Run, step: int) -> Path:
+    return next((run.folder / "storage" / "pretrain" / "checkpoints").rglob(f"step-{step:08d}-*"))
+
+
+def resumed_at(run: Run) -> int:
+    ended = train(run, TP1)
+    assert ended[0].error == "", ended
+    first_step: int = ended[0].value.first_step
+    return first_step
+
+
+def corrupt(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_the_newest_is_taken(tmp_path: Path) -> None:
+    assert resumed_at(trained(tmp_path)) == 4
+
+
+def test_one_without_a_manifest_does_not_exist(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    (checkpoint(run, 4) / "checkpoint.json").unlink()
+    assert resumed_at(run) == 2
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "manifest"])
+def test_a_corrupt_one_is_passed_over(tmp_path: Path, damage: str) -> None:
+    run = trained(tmp_path)
+    weights = checkpoint(run, 4) / "__0_0.distcp"
+    if damage == "flipped":
+        corrupt(weights)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (checkpoint(run, 4) / "checkpoint.json").write_text("{")
+    assert resumed_at(run) == 2
+
+
+def test_none_that_is_whole_is_a_storage_error(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    for step in (2, 4):
+        corrupt(checkpoint(run, step) / "__0_0.distcp")
+    ended = train(run, TP2)
+    assert [e.error for e in ended] == ["StorageError", "StorageError"]
+    assert "all 2 committed checkpoints are corrupt" in ended[1].message
+
+
+@pytest.mark.parametrize("change", [{"seed": 8}, {"shards_digest": "e" * 64}])
+def test_one_of_another_run_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    run = trained(tmp_path)
+    ended = train(replace(run, **change), TP1)  # type: ignore[arg-type]
+    assert ended[0].error == "UserError"
+    assert "belongs to another run" in ended[0].message
+
+
+def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path, steps=9, every=2, overrides={"checkpoint": {"every": 2, "keep": 2}})
+    assert train(run, TP1)[0].error == ""
+    folders = sorted(p.name for p in (tmp_path / "storage" / "pretrain" / "checkpoints").glob("*/*"))
+    assert folders == ["step-00000006-a1", "step-00000008-a1"]
+
+
+def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
+    folder = checkpoint(trained(tmp_path), 4)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    assert (manifest["step"], manifest["consumedSamples"], manifest["seed"]) == (4, 32, 7)
+    assert manifest["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
+    names = {f["path"] for f in manifest["files"]}
+    assert names == {p.name for p in folder.iterdir()} - {"checkpoint.json"}
+    assert {"__0_0.distcp", ".metadata", "metadata.json", "common.pt", "history.jsonl"} <= names
+
+
+def test_folder_names_are_never_used_twice() -> None:
+    assert folder_name(40, 2) == "step-00000040-a2"
+    assert folder_name(40, 2, taken={"step-00000040-a2"}) == "step-00000040-a2-1"
+
+
+def test_folders_are_ordered_by_step_then_attempt() -> None:
+    names = ["step-00000008-a1", "step-00000100-a1", "step-00000100-a12", "step-00000100-a2-1", "step-00000100-a2", "x"]
+    assert newest_first(names) == [
+        "step-00000100-a12",
+        "step-00000100-a2-1",
+        "step-00000100-a2",
+        "step-00000100-a1",
+        "step-00000008-a1",
+    ]

@@ -1,0 +1,207 @@
+"""Committing checkpoints to storage, and resuming from the newest one that is whole: what the gang does together.
+
+In: a training state at a step. Out: ``<stage>/checkpoints/<hash>/<folder>/`` in the run's store: the files, uploaded by
+the ranks that wrote them, then the manifest. What has no manifest was never finished, and is never read.
+"""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from headrace_api.artifact import ArtifactFile
+from headrace_api.contract import SavedCheckpoint
+from headrace_api.stages.pretrain import Precision
+from headrace_trainer.artifacts import sha256_file
+from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest
+from headrace_trainer.engine.checkpoint.state import TrainState, is_own_file, load_state, save_state
+from headrace_trainer.engine.checkpoint.store import CheckpointStore
+from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.errors import StorageError, UserError
+from headrace_trainer.storage import ObjectStore
+
+log = logging.getLogger("headrace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a checkpoint must agree with to be resumed from."""
+
+    stage: str
+    hash: str
+    seed: int
+    shards_digest: str
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A checkpoint that was loaded."""
+
+    saved: SavedCheckpoint
+    consumed_samples: int
+    extras: dict[str, str]
+    """The text files that were given to ``save``, name -> content."""
+    passed_over: list[str]
+    """Newer checkpoints that are corrupt."""
+
+
+class Checkpointer:
+    """The checkpoints of one stage. Every method is called by every rank at the same step.
+
+    Args:
+        store: the run's store.
+        scratch: a folder that the ranks of a node share, for files on their way.
+        gang: this rank's place.
+        identity: what the stage is.
+        attempt: the attempt's number.
+        keep: committed checkpoints that stay in storage.
+    """
+
+    def __init__(
+        self, *, store: ObjectStore, scratch: Path, gang: Gang, identity: Identity, attempt: int, keep: int
+    ) -> None:
+        self._checkpoints = CheckpointStore(store, f"{identity.stage}/checkpoints/{identity.hash[:12]}")
+        self._store, self._scratch, self._gang = store, scratch, gang
+        self._identity, self._attempt, self._keep = identity, attempt, keep
+
+    def save(
+        self, state: TrainState, *, step: int, consumed_samples: int, extras: dict[str, str] | None = None
+    ) -> SavedCheckpoint:
+        """Write, upload and commit a checkpoint, then remove the ones that are too many.
+
+        Args:
+            state: weights and optimizer.
+            step: optimizer steps done.
+            consumed_samples: number of the next sample.
+            extras: small text files to go with it, name -> content; rank 0's are taken.
+
+        Raises:
+            StorageError: on every rank, where any could not write or upload.
+        """
+        name = self._gang.from_first(lambda: self._checkpoints.new_name(step, self._attempt))
+        staged = self._scratch / "checkpoints" / name
+        self._remove(staged)
+        save_state(state, staged)
+        files = self._gang.together(lambda: self._upload(staged, name, extras or {}))
+        manifest = self._describe(step, consumed_samples, [f for part in files for f in part])
+        self._gang.from_first(lambda: self._checkpoints.commit(name, manifest, keep=self._keep))
+        self._remove(staged)
+        return self._saved(name, manifest)
+
+    def resume(self, state: TrainState) -> Resumed | None:
+        """Load the newest committed checkpoint that is whole into ``state``.
+
+        Returns:
+            What was loaded, or None where nothing was ever committed.
+
+        Raises:
+            StorageError: checkpoints were committed, but none of them is whole.
+            UserError: the newest was made with another seed, other shards or another precision.
+        """
+        names = self._gang.from_first(self._checkpoints.committed)
+        for i, name in enumerate(names):
+            resumed = self._load(state, name, passed_over=names[:i])
+            if resumed is not None:
+                return resumed
+            if self._gang.is_first:
+                log.warning("checkpoint %s is corrupt: taking an older one", self._checkpoints.uri(name))
+        if names:
+            raise StorageError(
+                f"{self._store.uri}/{self._checkpoints.root}: all {len(names)} committed checkpoints are corrupt: restore one "
+                "from a backup, or remove the folder to begin again"
+            )
+        return None
+
+    def _upload(self, staged: Path, name: str, extras: dict[str, str]) -> list[ArtifactFile]:
+        """Upload what this rank wrote; the size and digest of each file."""
+        if self._gang.is_first:
+            for extra, text in extras.items():
+                (staged / extra).write_text(text)
+        files = []
+        for path in sorted(p for p in staged.iterdir() if self._is_mine(p)):
+            files.append(ArtifactFile(path=path.name, bytes=path.stat().st_size, sha256=sha256_file(path)))
+            self._store.put_file(self._checkpoints.key(name, path.name), path)
+        return files
+
+    def _is_mine(self, path: Path) -> bool:
+        if path.suffix == ".distcp":
+            return path.name.startswith(f"__{self._gang.rank}_")
+        return self._gang.is_first
+
+    def _describe(self, step: int, consumed_samples: int, files: list[ArtifactFile]) -> CheckpointManifest:
+        axes, identity = self._gang.layout, self._identity
+        return CheckpointManifest(
+            stage=identity.stage,
+            hash=identity.hash,
+            attempt=self._attempt,
+            step=step,
+            consumed_samples=consumed_samples,
+            seed=identity.seed,
+            shards_digest=identity.shards_digest,
+            precision=identity.precision,
+            layout=Axes(tensor=axes.tensor, pipeline=axes.pipeline, data=axes.data),
+            created_at=datetime.now(UTC),
+            files=sorted(files, key=lambda f: f.path),
+        )
+
+    def _load(self, state: TrainState, name: str, *, passed_over: list[str]) -> Resumed | None:
+        """Load one checkpoint, or None on every rank where it is corrupt."""
+        manifest = self._gang.from_first(lambda: self._checkpoints.read_manifest(name))
+        if manifest is None:
+            return None
+        self._check(name, manifest)
+        folder = self._fetch(name, manifest)
+        if folder is None:
+            return None
+        load_state(state, folder)
+        extras = {f.path: (folder / f.path).read_text() for f in manifest.files if not is_own_file(f.path)}
+        if self._is_remote:
+            self._remove(folder)
+        return Resumed(
+            saved=self._saved(name, manifest),
+            consumed_samples=manifest.consumed_samples,
+            extras=extras,
+            passed_over=passed_over,
+        )
+
+    def _check(self, name: str, manifest: CheckpointManifest) -> None:
+        for field in ("seed", "shards_digest", "precision"):
+            found, wanted = getattr(manifest, field), getattr(self._identity, field)
+            if found != wanted:
+                raise UserError(
+                    f"checkpoint {self._checkpoints.uri(name)}: {field} is {found!r}, this run has {wanted!r}: it belongs to "
+                    "another run; use another storage.uri, or remove it to begin again"
+                )
+
+    def _fetch(self, name: str, manifest: CheckpointManifest) -> Path | None:
+        """A folder on this node with verified files, or None on every rank where a digest does not match."""
+        folder = self._store.local_path(self._checkpoints.key(name, "")) or self._scratch / "resume" / name
+        whole = self._gang.together(lambda: self._fetch_share(name, manifest, folder))
+        return folder if all(whole) else None
+
+    def _fetch_share(self, name: str, manifest: CheckpointManifest, folder: Path) -> bool:
+        """Fetch and verify this rank's share of the files; the ranks of a node share the work."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in manifest.files[self._gang.local_rank :: self._gang.local_world]:
+            path = folder / file.path
+            if self._is_remote:
+                self._store.get_file(self._checkpoints.key(name, file.path), path)
+            if sha256_file(path) != file.sha256:
+                return False
+        return True
+
+    @property
+    def _is_remote(self) -> bool:
+        return self._store.local_path("") is None
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a folder of this node when no rank needs it any more."""
+        self._gang.barrier()
+        if self._gang.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._gang.barrier()
+
+    def _saved(self, name: str, manifest: CheckpointManifest) -> SavedCheckpoint:
+        return SavedCheckpoint(step=manifest.step, uri=self._checkpoints.uri(name), time=manifest.created_at)

@@ -1,0 +1,168 @@
+"""The training loop, as a list of what happens at a step.
+
+In: the parts, built by ``pretrain``. Out: a trained model in place, a history, committed checkpoints; or ``Stopped``
+once a checkpoint is safe. Every rank runs the same loop; what only one rank can know (it was told to stop, it is time
+to save) is added up with the loss, so that all ranks do the same thing after the same step.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from headrace_api.contract import SavedCheckpoint
+from headrace_api.stages.pretrain import Pretrain
+from headrace_trainer.engine.batches import Batches
+from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
+from headrace_trainer.engine.checkpoint.state import TrainState
+from headrace_trainer.engine.history import History
+from headrace_trainer.engine.pace import Pace
+from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.engine.schedule import is_due, learning_rate
+from headrace_trainer.engine.step import Share, Stepper
+from headrace_trainer.errors import Stopped, UserError
+from headrace_trainer.formats.model_card import HISTORY_FILE
+
+
+class Host(Protocol):
+    """What the loop needs of a ``StageContext``."""
+
+    def report(self, **fields: Any) -> None:
+        """Say how far this rank is."""
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What all ranks know after a step's one exchange."""
+
+    loss: float
+    """Mean token loss over the global batch, in nats."""
+    must_stop: bool
+    must_save: bool
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Steps from where the state is to the end."""
+
+    config: Pretrain
+    gang: Gang
+    host: Host
+    stepper: Stepper
+    training: Batches
+    validation: Batches
+    checkpointer: Checkpointer
+    state: TrainState
+    history: History = field(default_factory=History)
+    step: int = 0
+    saved: SavedCheckpoint | None = None
+    message: str = ""
+    _saved_at: float = field(default_factory=time.monotonic, init=False)
+    pace: Pace = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.config.tokens_per_step)
+
+    def resume(self) -> None:
+        """Continue from the newest committed checkpoint, if there is one."""
+        self._report("Starting")
+        found = self.checkpointer.resume(self.state)
+        if found is None:
+            return
+        self.step, self.saved = found.saved.step, found.saved
+        assert found.consumed_samples == self.consumed_samples
+        self.history = History.loads(found.extras[HISTORY_FILE])
+        self.message = f"resumed after step {self.step}"
+        if found.passed_over:
+            self.message += f"; passed over as corrupt: {', '.join(found.passed_over)}"
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Stopped: some rank was asked to stop; a checkpoint of this step is committed.
+            UserError: the loss or the gradient is no longer a finite number.
+        """
+        self.pace.restart()
+        while self.step < self.config.steps:
+            agreed = self._train_step()
+            if self._validation_due():
+                self._validate()
+            if agreed.must_save or (agreed.must_stop and self.step < self.config.steps):
+                self._save()
+            self._report("Running")
+            if agreed.must_stop and self.step < self.config.steps:
+                raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Number of the next sample."""
+        return self.step * self.config.global_batch_size
+
+    def _train_step(self) -> Agreed:
+        batches = self.training.read(self.consumed_samples, self.config.global_batch_size)
+        agreed = self._agree(self.stepper.gradients(batches))
+        self._check_finite("loss", agreed.loss)
+        rate = learning_rate(self.config.schedule, step=self.step + 1, steps=self.config.steps)
+        grad_norm = self.stepper.update(rate)
+        self._check_finite("gradient norm", grad_norm)
+        self.step += 1
+        tokens = self.step * self.config.tokens_per_step
+        self.history.add(step=self.step, loss=agreed.loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens)
+        self.pace.step()
+        return agreed
+
+    def _agree(self, share: Share) -> Agreed:
+        """One exchange a step: the loss, and what any rank asks for."""
+        elapsed = time.monotonic() - self._saved_at
+        # Clocks differ between ranks: only the first rank's says that it is time to save.
+        save = self.gang.is_first and is_due(self.config.checkpoint.every, step=self.step + 1, seconds=elapsed)
+        stop = self.host.stop_requested()
+        loss, num_tokens, stops, saves = self.gang.sum([share.loss, share.num_tokens, float(stop), float(save)])
+        return Agreed(loss=loss / num_tokens, must_stop=stops > 0, must_save=saves > 0)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {self.step + 1}: the {what} is {value}: lower schedule.learningRate "
+                f"({self.config.schedule.learning_rate}), lengthen schedule.warmup ({self.config.schedule.warmup}), "
+                "or look for bad documents in the corpus"
+            )
+
+    def _validation_due(self) -> bool:
+        return self.step % self.config.validation.every == 0 or self.step == self.config.steps
+
+    def _validate(self) -> None:
+        self._report("Evaluating")
+        size = min(self.config.validation.samples, self.validation.samples.num_samples)
+        share = self.stepper.losses(self.validation.read(0, size))
+        loss, num_tokens = self.gang.sum([share.loss, share.num_tokens])
+        self.history.add_validation(loss / num_tokens)
+        self.pace.restart()
+
+    def _save(self) -> None:
+        self._report("Saving")
+        extras = {HISTORY_FILE: self.history.dumps()} if self.gang.is_first else {}
+        self.saved = self.checkpointer.save(
+            self.state, step=self.step, consumed_samples=self.consumed_samples, extras=extras
+        )
+        self._saved_at = time.monotonic()
+        self.pace.restart()
+
+    def _report(self, phase: str) -> None:
+        """Said by every rank: the agent takes a rank that says nothing for one that hangs."""
+        newest = self.history.records[-1] if self.history.records else {}
+        self.host.report(
+            phase=phase,
+            done=self.step,
+            total=self.config.steps,
+            unit="steps",
+            loss=newest.get("loss"),
+            tokens_per_second=self.pace.tokens_per_second,
+            eta_seconds=self.pace.seconds_for(self.config.steps - self.step),
+            checkpoint=self.saved,
+            message=self.message[:1024],
+        )

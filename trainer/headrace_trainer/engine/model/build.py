@@ -1,0 +1,149 @@
+"""Architecture -> this rank's part of a Megatron model.
+
+In: dimensions, a precision, the rank's place in the gang. Out: a ``LanguageModel`` with start weights, not yet wrapped
+for training; ``train.optimizer`` wraps it, ``evaluate`` uses it as it is.
+"""
+
+from typing import Any
+
+import torch
+
+from headrace_api.model import Architecture, padded_vocab
+from headrace_api.parallelism import Layout
+from headrace_api.stages.pretrain import Precision
+from headrace_trainer.engine import device
+from headrace_trainer.engine.device.megatron import (
+    Float16Module,
+    MegatronModule,
+    ModuleSpec,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    tensor_parallel,
+)
+from headrace_trainer.engine.model.attention import CausalAttention
+from headrace_trainer.engine.model.language_model import LanguageModel
+from headrace_trainer.engine.model.start import fill_start_weights
+from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.errors import UserError
+
+
+def build_model(
+    architecture: Architecture,
+    *,
+    gang: Gang,
+    vocab_size: int,
+    sequence_length: int,
+    precision: Precision,
+    seed: int,
+) -> MegatronModule:
+    """Build this rank's part of the model, on its device, in its precision, with start weights.
+
+    Args:
+        architecture: the dimensions.
+        gang: the rank's place; process groups must exist.
+        vocab_size: tokens, unpadded.
+        sequence_length: tokens in a sample.
+        precision: number format of the weights and matrix multiplications.
+        seed: the run's seed; decides the start weights together with the architecture.
+
+    Raises:
+        UserError: fp8 without a GPU and Transformer Engine.
+    """
+    check_precision(precision)
+    config = transformer_config(architecture, layout=gang.layout, sequence_length=sequence_length, precision=precision)
+    model = LanguageModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(),
+        vocab_size=padded_vocab(vocab_size),
+        real_vocab_size=vocab_size,
+        max_sequence_length=sequence_length,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_base,
+        share_embeddings_and_output_weights=architecture.tie_embeddings,
+        pre_process=gang.is_first_stage,
+        post_process=gang.is_last_stage,
+    )
+    _mark_replicated_parameters(model)
+    fill_start_weights(model, architecture, seed=seed)
+    model = model.to(gang.device)
+    return model if precision is Precision.FP32 else Float16Module(config, model)
+
+
+def check_precision(precision: Precision) -> None:
+    """Refuse fp8 where no hardware or no kernels can do it."""
+    if precision is Precision.FP8 and not device.has_transformer_engine():
+        found = "a GPU without Transformer Engine" if device.has_cuda() else "no GPU"
+        raise UserError(f"precision: 'fp8': found {found}: use bf16, or an image and a node pool that can do fp8")
+
+
+def transformer_config(
+    architecture: Architecture, *, layout: Layout, sequence_length: int, precision: Precision
+) -> TransformerConfig:
+    """Megatron's configuration of the Llama family's shape.
+
+    Megatron's own initialization stays on although ``start`` replaces its weights: it is what marks the matrices as
+    split over tensor ranks, and without the marks gradient norms leave out all ranks but the first.
+    """
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=_splits_sequence(layout, sequence_length),
+        calculate_per_token_loss=True,
+        attention_softmax_in_fp32=True,
+        **_formats(precision),
+        **_fusions(),
+    )
+
+
+def _splits_sequence(layout: Layout, sequence_length: int) -> bool:
+    """Whether tensor ranks also split activations between matrices: on GPUs, where memory is what is short."""
+    return device.has_cuda() and layout.tensor > 1 and sequence_length % layout.tensor == 0
+
+
+def _formats(precision: Precision) -> dict[str, Any]:
+    if precision is Precision.FP32:
+        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    formats: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+    if precision is Precision.FP8:
+        # Scales are taken from the tensor at hand: no history that a checkpoint would have to carry.
+        formats |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    return formats
+
+
+def _fusions() -> dict[str, bool]:
+    """Fused kernels: Transformer Engine brings its own; Apex's are never taken."""
+    fused = device.has_transformer_engine()
+    return {
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": fused,
+        "bias_activation_fusion": fused,
+        "apply_rope_fusion": fused,
+    }
+
+
+def _layer_spec() -> ModuleSpec:
+    if device.has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
+
+
+def _mark_replicated_parameters(model: torch.nn.Module) -> None:
+    """torch's norms say nothing of tensor parallelism; gradient norms count each replicated weight once if they do."""
+    for parameter in model.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

@@ -1,0 +1,41 @@
+"""A GPTModel whose padded vocabulary cannot be seen.
+
+The embedding and output matrices are padded to one width for all layouts. Their last columns would take part in the
+softmax, and the loss would depend on the padding; here they are hidden from it.
+"""
+
+from typing import Any
+
+import torch
+
+from headrace_trainer.engine.device.megatron import GPTModel, parallel_state
+
+
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """Megatron's GPTModel over ``real_vocab_size`` tokens.
+
+    Args:
+        real_vocab_size: tokens that exist; the other columns have probability 0.
+        kwargs: as for GPTModel; its ``vocab_size`` is the padded width.
+    """
+
+    def __init__(self, *, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of each label, in nats.
+
+        Args:
+            labels: [batch, sequence].
+            logits: [sequence, batch, this rank's part of the padded vocabulary]; overwritten.
+
+        Returns:
+            [batch, sequence].
+        """
+        width = logits.size(-1)
+        first_padded = self.real_vocab_size - parallel_state.get_tensor_model_parallel_rank() * width
+        if first_padded < width:
+            logits[..., max(0, first_padded) :] = float("-inf")
+        losses: torch.Tensor = super().compute_language_model_loss(labels, logits)
+        return losses

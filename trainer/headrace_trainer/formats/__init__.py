@@ -1,0 +1,1 @@
+"""What passes between stages: documents, tokenizer files, token shards and their reader, the model card. No torch."""

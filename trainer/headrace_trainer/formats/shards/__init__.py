@@ -1,0 +1,1 @@
+"""Token shards: their manifest, the order of their samples, and the reader."""

@@ -1,0 +1,33 @@
+"""Where a server listens, and what others call that: pure."""
+
+from dataclasses import dataclass
+
+from headrace_api.contract import ResolvedStage
+from headrace_trainer.stages.deploy.port import LOOPBACK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The two sides of an address."""
+
+    host: str
+    """The interface that the engine binds."""
+    port: int
+    endpoint: str
+    """Where clients reach it."""
+
+    @property
+    def local(self) -> str:
+        """The address from this machine or pod."""
+        return f"http://{LOOPBACK}:{self.port}"
+
+
+def local_place(port: int) -> Place:
+    """On this machine, for this machine alone."""
+    return Place(host=LOOPBACK, port=port, endpoint=f"http://{LOOPBACK}:{port}")
+
+
+def cluster_place(resolved: ResolvedStage, *, port: int) -> Place:
+    """In a pod, behind the Service that the operator makes for the stage."""
+    service = f"{resolved.run}-{resolved.stage.name}"
+    return Place(host="0.0.0.0", port=port, endpoint=f"http://{service}.{resolved.namespace}.svc:{port}")

@@ -1,0 +1,79 @@
+"""The loss of every token of the validation split, under the model.
+
+Windows do not overlap, so each token is predicted once, from what stands before it in its window. Shapes: B = windows
+in a batch, T = sequence length, N = windows.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headrace_api.base import FieldError
+from headrace_api.parallelism import Layout, Parallelism, layout
+from headrace_trainer.engine.checkpoint.state import load_weights
+from headrace_trainer.engine.model.build import build_model
+from headrace_trainer.engine.objective import NextToken
+from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.errors import UserError
+from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, ModelCard
+from headrace_trainer.formats.shards.reader import TokenDataset
+
+_BATCH = 8
+
+
+def evaluation_layout(card: ModelCard, *, num_ranks: int) -> Layout:
+    """All ranks share each matrix: one replica, one pipeline stage.
+
+    Raises:
+        UserError: the model cannot be split so.
+    """
+    try:
+        return layout(Parallelism(tensor=num_ranks), card.architecture, num_ranks=num_ranks)
+    except (FieldError, ValueError) as error:
+        raise UserError(
+            f"compute.ranksPerNode: {num_ranks}: ranks of an evaluate stage split the model: {error}"
+        ) from error
+
+
+def load_model(card: ModelCard, folder: Path, gang: Gang) -> torch.nn.Module:
+    """The trained model, cut for this gang whatever layout it was trained in."""
+    model = build_model(
+        card.architecture,
+        gang=gang,
+        vocab_size=card.vocab_size,
+        sequence_length=card.sequence_length,
+        precision=card.precision,
+        seed=0,
+    )
+    load_weights(model, folder / CHECKPOINT_FOLDER)
+    module: torch.nn.Module = model
+    return module.eval()
+
+
+def token_losses(
+    model: torch.nn.Module, samples: TokenDataset, *, gang: Gang, num_windows: int, tell: Callable[[int], None]
+) -> NDArray[np.float32]:
+    """Negative log-likelihood of each token, in nats.
+
+    Args:
+        model: from ``load_model``.
+        samples: the validation split.
+        gang: this rank's place.
+        num_windows: N, how many windows are read.
+        tell: told how many windows are done.
+
+    Returns:
+        ``[N, T]``, the same on every rank.
+    """
+    objective, parts = NextToken(), []
+    with torch.no_grad():
+        for first in range(0, num_windows, _BATCH):
+            indices = range(first, min(first + _BATCH, num_windows))
+            batch = objective.collate([samples.sample(i) for i in indices], [1.0] * len(indices), gang.device)
+            losses_BT, _ = objective.forward(model, batch)
+            parts.append(losses_BT.float().cpu().numpy())
+            tell(indices.stop)
+    return np.concatenate(parts)

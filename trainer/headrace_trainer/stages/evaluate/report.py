@@ -1,0 +1,124 @@
+"""What the evaluate stage shows: a table of figures, and tokens that were expected or not. ``report.json``, ``report.md``.
+
+People check such tables with a calculator. So every loss that is printed is ``surprisal`` of the probability as it is
+printed beside it, and every perplexity is ``perplexity`` of the loss as it is printed.
+
+Shapes: N = windows, T = sequence length.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tokenizers import Tokenizer
+
+from headrace_trainer.stages.evaluate.curve import CURVE_FILE
+from headrace_trainer.stages.evaluate.measures import perplexity, surprisal
+
+_CONTEXT_TOKENS = 12
+_CONTEXT_CHARACTERS = 48
+_SHOWN = 4
+_SCALE = (0.9, 0.5, 0.1, 0.01)
+"""Probabilities that give a feeling for losses."""
+_EXPLANATION = f"""\
+The loss is the mean, over held-out tokens, of -log p, where p is the probability that the model gave to the token that
+came. Perplexity is exp(loss): between so many equally likely tokens the model hesitates. The unigram baseline knows how
+often each token occurs and nothing of what stands before it; a model that has learned from context is well below it.
+
+![loss curve]({CURVE_FILE})
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One token that came, and how much it was expected."""
+
+    context: str
+    token: str
+    probability: float
+
+    @property
+    def loss(self) -> float:
+        """Its surprisal, in nats."""
+        return surprisal(self.probability)
+
+
+def choose_examples(
+    losses_NT: NDArray[np.float32], tokens_NT: NDArray[np.int64], tokenizer: Tokenizer
+) -> list[Example]:
+    """The most expected tokens, some ordinary ones, and the least expected.
+
+    Args:
+        losses_NT: of each token, in nats.
+        tokens_NT: the tokens that were predicted.
+        tokenizer: for their text.
+    """
+    # The first tokens of a window have little before them that could be shown.
+    skipped = min(_CONTEXT_TOKENS, losses_NT.shape[1] // 2)
+    eligible_NT = losses_NT[:, skipped:]
+    order = np.argsort(eligible_NT, axis=None, kind="stable")
+    middle = len(order) // 2
+    picked = np.concatenate([order[:_SHOWN], order[middle : middle + _SHOWN], order[-_SHOWN:]])
+    places = zip(*np.unravel_index(picked, eligible_NT.shape), strict=True)
+    return [_example(losses_NT[n], tokens_NT[n], tokenizer, int(t) + skipped) for n, t in places]
+
+
+def _example(losses_T: NDArray[np.float32], tokens_T: NDArray[np.int64], tokenizer: Tokenizer, t: int) -> Example:
+    context = tokenizer.decode(tokens_T[max(0, t - _CONTEXT_TOKENS) : t].tolist(), skip_special_tokens=False)
+    token = tokenizer.decode([int(tokens_T[t])], skip_special_tokens=False)
+    return Example(context=context, token=token, probability=float(np.exp(-np.float64(losses_T[t]))))
+
+
+def figures_table(metrics: dict[str, float]) -> Table:
+    """Loss and perplexity, the model's beside the baseline's."""
+    table = Table(title="Held-out text", title_justify="left")
+    for column in ("", "loss (nats a token)", "perplexity = exp(loss)", "bits per byte"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    table.add_row("model", *_with_perplexity(metrics["loss"]), f"{metrics['bitsPerByte']:.4f}")
+    table.add_row("unigram baseline", *_with_perplexity(metrics["unigramLoss"]), "")
+    table.add_row("baseline / model", "", f"{metrics['unigramRatio']:.2f}", "")
+    return table
+
+
+def _with_perplexity(loss: float) -> tuple[str, str]:
+    shown = f"{loss:.6f}"
+    return shown, f"{perplexity(float(shown)):.2f}"
+
+
+def examples_table(examples: Sequence[Example]) -> Table:
+    """Tokens with the probability that they had and the loss that follows from it."""
+    table = Table(title="What a loss means: -log of the probability of the token that came", title_justify="left")
+    for column in ("context", "token", "probability", "loss"):
+        table.add_column(column, justify="right" if column in ("probability", "loss") else "left", no_wrap=True)
+    for probability in _SCALE:
+        table.add_row("(for scale)", "", *_with_loss(probability))
+    for example in examples:
+        context = _plain(example.context)[-_CONTEXT_CHARACTERS:]
+        # As Text: brackets in a string would be taken for markup.
+        table.add_row(Text(context), Text(_plain(example.token)), *_with_loss(example.probability))
+    return table
+
+
+def _with_loss(probability: float) -> tuple[str, str]:
+    shown = f"{probability:.4g}"
+    return shown, f"{surprisal(float(shown)):.3f}"
+
+
+def _plain(text: str) -> str:
+    """Text on one line."""
+    return repr(text)[1:-1]
+
+
+def write_report(folder: Path, *, metrics: dict[str, float], examples: Sequence[Example]) -> None:
+    """Print the tables, and leave ``report.json`` and ``report.md``."""
+    rows = [{**asdict(e), "loss": e.loss} for e in examples]
+    (folder / "report.json").write_text(json.dumps({"metrics": metrics, "examples": rows}, indent=1) + "\n")
+    console = Console(width=120, record=True)
+    console.print(figures_table(metrics), examples_table(examples))
+    (folder / "report.md").write_text(f"# Evaluation\n\n{_EXPLANATION}\n```\n{console.export_text()}```\n")

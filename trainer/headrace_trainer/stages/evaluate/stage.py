@@ -1,0 +1,116 @@
+"""The order of an evaluation: load, measure, compare, show, and hold what was required against it."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace_api.stages import Evaluate
+from headrace_api.stages.evaluate import meets
+from headrace_trainer.engine.parallel import Gang, join_gang
+from headrace_trainer.errors import Stopped, UserError
+from headrace_trainer.formats.model_card import HISTORY_FILE, TOKENIZER_FOLDER, ModelCard, read_card
+from headrace_trainer.formats.shards.manifest import UNIGRAM_FILE, Manifest
+from headrace_trainer.formats.shards.reader import TokenDataset
+from headrace_trainer.formats.shards.split import Split
+from headrace_trainer.formats.tokenizer import load_tokenizer
+from headrace_trainer.stage import StageContext
+from headrace_trainer.stages.evaluate.curve import CURVE_FILE, draw_curve
+from headrace_trainer.stages.evaluate.losses import evaluation_layout, load_model, token_losses
+from headrace_trainer.stages.evaluate.measures import bits_per_byte, perplexity
+from headrace_trainer.stages.evaluate.report import choose_examples, write_report
+from headrace_trainer.stages.evaluate.unigram import unigram_losses
+
+
+def run_evaluate(ctx: StageContext) -> dict[str, float]:
+    """Measure, report and check. Every rank calls.
+
+    Returns:
+        loss, perplexity, bitsPerByte, and the baseline's unigramLoss, unigramPerplexity and unigramRatio.
+
+    Raises:
+        UserError: a requirement is missed, or the ranks do not divide the model.
+        Stopped: asked to stop; nothing is kept of an evaluation.
+    """
+    config = ctx.config
+    assert isinstance(config, Evaluate)
+    trained, shards = ctx.input("model"), ctx.input("shards")
+    card = read_card(trained)
+    samples = TokenDataset(shards, Split.VALIDATION, card.sequence_length, ctx.resolved.seed, verify=False)
+    num_windows = max(1, min(samples.num_samples, config.max_tokens // card.sequence_length))
+    losses_NT = _measure(ctx, card, trained, samples, num_windows=num_windows)
+    tokens_NT = np.stack([samples.sample(i)[1:] for i in range(num_windows)])
+    baseline = float(unigram_losses(np.load(shards / UNIGRAM_FILE), tokens_NT).mean())
+    metrics = summarize(losses_NT, unigram_loss=baseline, manifest=samples.manifest)
+    if ctx.rank == 0:
+        examples = choose_examples(losses_NT, tokens_NT, load_tokenizer(shards / TOKENIZER_FOLDER).tokenizer)
+        write_report(ctx.output, metrics=metrics, examples=examples)
+        draw_curve(
+            trained / HISTORY_FILE,
+            unigram_loss=baseline,
+            name=ctx.resolved.run,
+            num_parameters=card.architecture.num_parameters(card.vocab_size),
+            out=ctx.output / CURVE_FILE,
+        )
+    check_requirements(config, metrics)
+    return metrics
+
+
+def _measure(
+    ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDataset, *, num_windows: int
+) -> NDArray[np.float32]:
+    """The loss of every token, with all ranks sharing the model."""
+    axes = evaluation_layout(card, num_ranks=ctx.world)
+    with join_gang(
+        axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=ctx.resolved.stage.compute.ranks
+    ) as ranks:
+        ctx.report(phase="Loading", message="reading the checkpoint")
+        model = load_model(card, trained, ranks)
+
+        def tell(done: int) -> None:
+            ctx.report(phase="Evaluating", done=done, total=num_windows, unit="windows")
+            _stop_together(ctx, ranks)
+
+        return token_losses(model, samples, gang=ranks, num_windows=num_windows, tell=tell)
+
+
+def _stop_together(ctx: StageContext, ranks: Gang) -> None:
+    """Stop where any pod was asked to: a rank that went on alone would wait for the others for ever."""
+    if ranks.sum([float(ctx.stop_requested())])[0]:
+        raise Stopped("asked to stop; an evaluation begins again from its start")
+
+
+def summarize(losses_NT: NDArray[np.float32], *, unigram_loss: float, manifest: Manifest) -> dict[str, float]:
+    """The figures of an evaluation.
+
+    Args:
+        losses_NT: of each token, in nats.
+        unigram_loss: the baseline's mean over the same tokens.
+        manifest: for the bytes of text that a token stands for.
+    """
+    loss = float(losses_NT.mean(dtype=np.float64))
+    bytes_per_token = manifest.bytes[Split.VALIDATION] / manifest.tokens[Split.VALIDATION]
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bitsPerByte": bits_per_byte(loss, bytes_per_token=bytes_per_token),
+        "unigramLoss": unigram_loss,
+        "unigramPerplexity": perplexity(unigram_loss),
+        "unigramRatio": perplexity(unigram_loss) / perplexity(loss),
+        "tokensIn": float(losses_NT.size),
+    }
+
+
+def check_requirements(config: Evaluate, metrics: dict[str, float]) -> None:
+    """Hold the stage's ``require`` against the figures.
+
+    Raises:
+        UserError: names every bound that is missed.
+    """
+    missed = [
+        f"evaluate.require.{metric}: {metrics[metric]:.4g} is not {bound}"
+        for metric, bound in config.require.items()
+        if not meets(bound, metrics[metric])
+    ]
+    if missed:
+        raise UserError("; ".join(missed) + ": train longer, on more text or a larger model, or require less")

@@ -1,0 +1,17 @@
+"""The export stage: a Megatron checkpoint -> the folder that transformers and vLLM load.
+
+``weights`` reads the checkpoint without Megatron and without a process group, ``llama`` gives tensors their Hugging Face
+names, ``card`` tells where the model comes from, ``parity`` loads what was written. ``stage`` puts them in order.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headrace_trainer.stage import StageContext
+
+
+def run(ctx: "StageContext") -> dict[str, float]:
+    """Export the model of ``ctx.input("model")`` into ``ctx.output``."""
+    from headrace_trainer.stages.export.stage import run_export
+
+    return run_export(ctx)

@@ -1,0 +1,64 @@
+"""The order of an export: read, rename, write, load again."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import GenerationConfig
+
+from headrace_api.stages import Export
+from headrace_api.stages.export import ExportDtype
+from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, TOKENIZER_FOLDER, ModelCard, read_card
+from headrace_trainer.stage import StageContext
+from headrace_trainer.stages.export.card import model_card
+from headrace_trainer.stages.export.lineage import lineage
+from headrace_trainer.stages.export.llama import llama_config, to_llama
+from headrace_trainer.stages.export.parity import check_export
+from headrace_trainer.stages.export.weights import read_weights
+
+_DTYPES = {ExportDtype.FP32: torch.float32, ExportDtype.BF16: torch.bfloat16}
+_NAMES = {ExportDtype.FP32: "float32", ExportDtype.BF16: "bfloat16"}
+_LARGEST_FILE = "5GB"
+_SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+"""What a client gets who asks for nothing else. Greedy continuations of base models soon repeat themselves
+(arXiv 1904.09751)."""
+
+
+def run_export(ctx: StageContext) -> dict[str, float]:
+    """Write safetensors, configuration, tokenizer, generation settings and a model card.
+
+    Returns:
+        The number of parameters and the bytes of the weights.
+
+    Raises:
+        RuntimeError: what was written does not load as the model that was read.
+    """
+    config = ctx.config
+    assert isinstance(config, Export)
+    trained = ctx.input("model")
+    card = read_card(trained)
+    ctx.report(phase="Running", message="reading the checkpoint")
+    tensors = {
+        name: tensor.to(_DTYPES[config.dtype])
+        for name, tensor in to_llama(read_weights(trained / CHECKPOINT_FOLDER), card).items()
+    }
+    ctx.report(phase="Running", message="writing the model")
+    write_model(ctx.output, tensors, card, dtype=config.dtype)
+    shutil.copytree(trained / TOKENIZER_FOLDER, ctx.output, dirs_exist_ok=True)
+    ancestors = lineage(ctx.store, ctx.resolved.inputs["model"])
+    (ctx.output / "README.md").write_text(model_card(ctx.resolved, card, trained, ancestors=ancestors))
+    ctx.report(phase="Running", message="loading what was written")
+    check_export(ctx.output, tensors)
+    bytes_written = sum(t.numel() * t.element_size() for t in tensors.values())
+    return {"parameters": float(sum(t.numel() for t in tensors.values())), "bytesOut": float(bytes_written)}
+
+
+def write_model(folder: Path, tensors: dict[str, torch.Tensor], card: ModelCard, *, dtype: ExportDtype) -> None:
+    """Weights, in several files with an index where they are large, and the two configurations."""
+    save_torch_state_dict(tensors, folder, max_shard_size=_LARGEST_FILE)
+    llama_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
+    ids = {"bos_token_id": card.eod_id, "eos_token_id": card.eod_id, "pad_token_id": card.eod_id}
+    generation: Any = GenerationConfig
+    generation(**ids, **_SAMPLING).save_pretrained(folder)

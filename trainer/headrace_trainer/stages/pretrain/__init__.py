@@ -1,0 +1,14 @@
+"""The pretrain stage: ``stage`` builds the parts, and the engine's ``loop`` goes through the steps."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headrace_trainer.stage import StageContext
+
+
+def run(ctx: "StageContext") -> dict[str, float]:
+    """Train a model on the shards of the stage."""
+    # Imported here: Megatron takes ten seconds.
+    from headrace_trainer.stages.pretrain.stage import run_pretrain
+
+    return run_pretrain(ctx)

@@ -1,0 +1,174 @@
+"""Building the parts of a pretrain stage, and what it leaves when the loop is through.
+
+In: a ``StageContext`` with token shards. Out: in ``ctx.output``, ``checkpoint/`` (weights, each rank its own files),
+``model.json``, ``history.jsonl`` and ``tokenizer/``; the final figures as metrics.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+from headrace_api.parallelism import layout
+from headrace_api.stages import Pretrain
+from headrace_trainer.engine.batches import Batches, Samples
+from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer, Identity
+from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
+from headrace_trainer.engine.loop import Loop
+from headrace_trainer.engine.model.build import build_model, check_precision
+from headrace_trainer.engine.objective import NextToken
+from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
+from headrace_trainer.engine.parallel import Gang, join_gang
+from headrace_trainer.engine.step import Stepper
+from headrace_trainer.formats.model_card import (
+    CHECKPOINT_FOLDER,
+    HISTORY_FILE,
+    TOKENIZER_FOLDER,
+    ModelCard,
+    describe,
+    write_card,
+)
+from headrace_trainer.formats.shards.manifest import read_manifest
+from headrace_trainer.formats.shards.reader import TokenDataset
+from headrace_trainer.stage import StageContext
+
+
+def run_pretrain(ctx: StageContext) -> dict[str, float]:
+    """Train a model on the shards of the stage. Every rank of the gang calls.
+
+    Returns:
+        The final training loss, validation loss and throughput.
+
+    Raises:
+        UserError: bad configuration or data.
+        StorageError: storage failed, or no committed checkpoint is whole.
+        Stopped: asked to stop; a checkpoint is committed.
+    """
+    config = ctx.config
+    assert isinstance(config, Pretrain)
+    check_precision(config.precision)
+    shards = ctx.input("shards")
+    axes = layout(config.parallelism, config.model.architecture, num_ranks=ctx.world)
+    local_world = ctx.resolved.stage.compute.ranks
+    with join_gang(
+        axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=local_world, seed=ctx.resolved.seed
+    ) as ranks:
+        card = _card(config, shards)
+        loop = build_loop(
+            ctx,
+            ranks,
+            card,
+            # The files were verified when the input was fetched.
+            training=TokenDataset(shards, "train", config.sequence_length, ctx.resolved.seed, verify=False),
+            validation=TokenDataset(shards, "validation", config.sequence_length, ctx.resolved.seed, verify=False),
+        )
+        loop.resume()
+        loop.run()
+        leave_model(ctx.output, loop, card)
+        if ranks.is_first:
+            shutil.copytree(shards / TOKENIZER_FOLDER, ctx.output / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    return final_metrics(loop, card)
+
+
+def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Samples, validation: Samples) -> Loop:
+    """Everything between the configuration and the first step.
+
+    Args:
+        ctx: the stage.
+        ranks: this rank's place; process groups must exist.
+        card: the model.
+        training: samples to train on.
+        validation: samples that are held out.
+    """
+    config = ctx.config
+    assert isinstance(config, Pretrain)
+    model = build_model(
+        card.architecture,
+        gang=ranks,
+        vocab_size=card.vocab_size,
+        sequence_length=config.sequence_length,
+        precision=config.precision,
+        seed=ctx.resolved.seed,
+    )
+    wrapped, objective = wrap_model(model), NextToken()
+    optimizer = build_optimizer(wrapped, config.optimizer, schedule=config.schedule, precision=config.precision)
+    stepper = Stepper(
+        gang=ranks,
+        model=wrapped,
+        optimizer=optimizer,
+        objective=objective,
+        sequence_length=config.sequence_length,
+        micro_batch_size=config.micro_batch_size,
+        weight_decay=config.optimizer.weight_decay,
+    )
+
+    def batches(samples: Samples) -> Batches:
+        return Batches(samples=samples, objective=objective, gang=ranks, micro_batch_size=config.micro_batch_size)
+
+    return Loop(
+        config=config,
+        gang=ranks,
+        host=ctx,
+        stepper=stepper,
+        training=batches(training),
+        validation=batches(validation),
+        checkpointer=_checkpointer(ctx, ranks, config),
+        state=TrainState(model=model, optimizer=optimizer),
+    )
+
+
+def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
+    """Write the trained model into the stage's output. Every rank calls."""
+    loop.host.report(phase="Saving")
+    folder, ranks = output / CHECKPOINT_FOLDER, loop.gang
+    if ranks.local_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # ranks may have been restarted in the middle of an earlier write
+    ranks.barrier()
+    save_weights(loop.state.model, folder)
+    if ranks.is_first:
+        write_card(card, output)
+        (output / HISTORY_FILE).write_text(loop.history.dumps())
+
+
+def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
+    """The figures that a finished stage shows."""
+    metrics = {
+        "steps": float(loop.step),
+        "tokensIn": float(loop.step * loop.config.tokens_per_step),
+        "parameters": float(card.architecture.num_parameters(card.vocab_size)),
+        "loss": loop.history.records[-1]["loss"],
+    }
+    if (loss := loop.history.validation_loss) is not None:
+        metrics |= {"validationLoss": loss, "validationPerplexity": math.exp(loss)}
+    if (speed := loop.pace.tokens_per_second) is not None:
+        metrics["tokensPerSecond"] = speed
+    return metrics
+
+
+def _card(config: Pretrain, shards: Path) -> ModelCard:
+    manifest = read_manifest(shards)
+    return describe(
+        config.model.architecture,
+        vocab_size=manifest.vocab_size,
+        eod_id=manifest.eod_id,
+        sequence_length=config.sequence_length,
+        precision=config.precision,
+    )
+
+
+def _checkpointer(ctx: StageContext, ranks: Gang, config: Pretrain) -> Checkpointer:
+    resolved = ctx.resolved
+    identity = Identity(
+        stage=resolved.stage.name,
+        hash=resolved.hash,
+        seed=resolved.seed,
+        shards_digest=resolved.inputs["shards"].digest,
+        precision=config.precision,
+    )
+    return Checkpointer(
+        store=ctx.store,
+        scratch=ctx.scratch,
+        gang=ranks,
+        identity=identity,
+        attempt=resolved.attempt,
+        keep=config.checkpoint.keep,
+    )
