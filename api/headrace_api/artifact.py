@@ -10,7 +10,7 @@ from datetime import datetime
 
 from pydantic import Field
 
-from headrace_api.base import Spec, Uri
+from headrace_api.base import Figures, Spec, Uri
 from headrace_api.stages.base import ArtifactKind, StageConfig
 
 ARTIFACT_FILE = "artifact.json"
@@ -61,8 +61,8 @@ class Artifact(Spec):
     """inputs maps slots to the digests of the artifacts that were read."""
     files: list[ArtifactFile] = Field(default_factory=list)
     """files are listed by path."""
-    metrics: dict[str, float] = Field(default_factory=dict)
-    """metrics are the figures that the stage ends with."""
+    metrics: Figures = Field(default_factory=dict)
+    """metrics are the figures that the stage ends with; those that are not finite are left out."""
     created_at: datetime
     """createdAt is when the stage finished."""
     duration_seconds: float = Field(ge=0)

@@ -4,7 +4,9 @@ In: YAML values. Out: numbers and strings with one meaning. Errors name the fiel
 (``errors.py`` prints them).
 """
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -92,6 +94,28 @@ Cadence = Annotated[
     WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": r"^[0-9]+(\.[0-9]+)?(ms|s|m|h|d)?$"}),
 ]
 """Every so many steps (a number) or every so much time (``30m``)."""
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(float(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _finite_or_none(value: object) -> object:
+    return value if _is_finite(value) else None
+
+
+def _only_finite(value: object) -> object:
+    return {k: v for k, v in value.items() if _is_finite(v)} if isinstance(value, Mapping) else value
+
+
+Figure = Annotated[float | None, BeforeValidator(_finite_or_none)]
+"""A measured number. One that is not finite is as good as none: JSON cannot hold it, and arithmetic trips over it."""
+
+Figures = Annotated[dict[str, float], BeforeValidator(_only_finite)]
+"""Measured numbers by name; those that are not finite are left out, and the others still read."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
 """A name that may become part of a Kubernetes object's name."""

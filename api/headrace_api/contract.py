@@ -9,12 +9,13 @@ from pathlib import PurePosixPath
 from pydantic import Field
 
 from headrace_api.artifact import ArtifactRef
-from headrace_api.base import Spec, Uri
+from headrace_api.base import Figure, Spec, Uri
 from headrace_api.run import Stage, Storage
 
 STAGE_FILE = "stage.json"
 TOKEN_AUDIENCE = "headrace-progress"
 PROGRESS_PATH = "/v1/progress"
+_MAX_COUNT = 2**63 - 1
 
 
 class ResolvedStage(Spec):
@@ -56,7 +57,9 @@ class SavedCheckpoint(Spec):
 
 
 class Progress(Spec):
-    """How far an attempt is; the newest report replaces the one before."""
+    """How far an attempt is; the newest report replaces the one before. Fields of a newer trainer are passed over."""
+
+    model_config = Spec.model_config | {"extra": "ignore"}
 
     stage: str
     """stage is the name of the stage."""
@@ -64,17 +67,17 @@ class Progress(Spec):
     """attempt counts from 1."""
     phase: str = Field("Starting", max_length=32)
     """phase is what the ranks do now: Starting, Loading, Running, Saving, Evaluating, Serving or Stopping."""
-    done: int = 0
+    done: int = Field(0, ge=0, le=_MAX_COUNT)
     """done counts finished units."""
-    total: int | None = None
+    total: int | None = Field(None, ge=0, le=_MAX_COUNT)
     """total is the number of units, where it is known."""
     unit: str = Field("steps", max_length=16)
     """unit is what is counted: steps, documents, tokens."""
-    loss: float | None = None
+    loss: Figure = None
     """loss is the newest training loss, in nats a token."""
-    tokens_per_second: float | None = None
+    tokens_per_second: Figure = None
     """tokensPerSecond is over the last few steps, all ranks together."""
-    eta_seconds: float | None = None
+    eta_seconds: Figure = None
     """etaSeconds is the time left at the present speed."""
     checkpoint: SavedCheckpoint | None = None
     """checkpoint is the newest committed one."""

@@ -1,14 +1,13 @@
-"""The one table of faults: exit codes and what Kubernetes says of a pod -> a class; a class -> who is to blame.
+"""The one table of faults: exit codes and what Kubernetes says of a pod -> a class; a class -> the budget it costs.
 
 The trainer exits with these codes and writes an ``Outcome`` as its termination message; the operator and the local
 body classify with ``classify`` and ``plan`` decides.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
-from headrace_api.base import Spec
+from headrace_api.base import Figures, Spec
 
 
 class ExitCode(IntEnum):
@@ -33,6 +32,8 @@ class FaultClass(StrEnum):
     POD = "pod"
     STORAGE = "storage"
     STOPPED = "stopped"
+    CAPACITY = "capacity"
+    """Nothing is wrong, but there is no room now: a quota is used up, or a name is taken."""
 
 
 class Budget(StrEnum):
@@ -40,25 +41,16 @@ class Budget(StrEnum):
 
     USER = "user"
     INFRA = "infra"
-    NONE = "none"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Remedy:
-    """What follows from a fault class."""
-
-    budget: Budget
-    retry: bool
-    """Whether another attempt can help at all."""
-
-
-REMEDIES: dict[FaultClass, Remedy] = {
-    FaultClass.USER: Remedy(budget=Budget.USER, retry=True),
-    FaultClass.PROCESS: Remedy(budget=Budget.INFRA, retry=True),
-    FaultClass.POD: Remedy(budget=Budget.INFRA, retry=True),
-    FaultClass.STORAGE: Remedy(budget=Budget.INFRA, retry=True),
-    FaultClass.STOPPED: Remedy(budget=Budget.NONE, retry=True),
+BUDGETS: dict[FaultClass, Budget] = {
+    FaultClass.USER: Budget.USER,
+    FaultClass.PROCESS: Budget.INFRA,
+    FaultClass.POD: Budget.INFRA,
+    FaultClass.STORAGE: Budget.INFRA,
+    FaultClass.STOPPED: Budget.INFRA,
 }
+"""What a failure is charged to. CAPACITY is waited for instead; a stop that was asked for is not a failure."""
 
 _EXIT_CODES: dict[int, FaultClass] = {
     ExitCode.USER: FaultClass.USER,
@@ -69,7 +61,9 @@ _EXIT_CODES: dict[int, FaultClass] = {
 
 
 class Outcome(Spec):
-    """What an attempt says at its end: the pod's termination message."""
+    """What an attempt says at its end: the pod's termination message. Fields of a newer trainer are passed over."""
+
+    model_config = Spec.model_config | {"extra": "ignore"}
 
     fault: FaultClass | None = None
     """fault is the class of what went wrong; unset after success."""
@@ -85,8 +79,8 @@ class Outcome(Spec):
     """node is where the pod ran."""
     artifact_digest: str | None = None
     """artifactDigest is the digest of the artifact that a successful attempt left."""
-    metrics: dict[str, float] = {}
-    """metrics are the figures that the stage ends with."""
+    metrics: Figures = {}
+    """metrics are the figures that the stage ends with; those that are not finite are left out."""
 
 
 def classify(exit_code: int | None, *, pod_reason: str = "") -> Outcome:
@@ -104,7 +98,14 @@ def classify(exit_code: int | None, *, pod_reason: str = "") -> Outcome:
     return Outcome(fault=fault, reason=said, message=f"{detail}, without a termination message")
 
 
-_MOST_TELLING = (FaultClass.USER, FaultClass.STORAGE, FaultClass.STOPPED, FaultClass.POD, FaultClass.PROCESS)
+_MOST_TELLING = (
+    FaultClass.USER,
+    FaultClass.STORAGE,
+    FaultClass.STOPPED,
+    FaultClass.POD,
+    FaultClass.CAPACITY,
+    FaultClass.PROCESS,
+)
 """When one rank reads bad data or a pod is evicted, the others only see a closed connection."""
 
 

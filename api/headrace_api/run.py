@@ -219,6 +219,8 @@ class StageStatus(Spec):
     """hash is what the state is about: another spec or other inputs have another hash, and begin again."""
     attempt: int = 0
     """attempt is the number of the newest attempt."""
+    settled: int = 0
+    """settled is the number of the newest attempt that is dealt with, charged or stopped on request: its end costs nothing more."""
     infra_restarts: int = 0
     """infraRestarts counts restarts after infrastructure faults."""
     user_restarts: int = 0
@@ -229,6 +231,8 @@ class StageStatus(Spec):
     """finishedAt is when the stage succeeded or failed."""
     retry_at: datetime | None = None
     """retryAt is when the next attempt begins after a failure."""
+    outcome_due_at: datetime | None = None
+    """outcomeDueAt is until when an attempt that succeeded may say what it left."""
     artifact: ArtifactRef | None = None
     """artifact is what the stage left."""
     endpoint: str | None = None

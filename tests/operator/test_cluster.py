@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from headrace_api.contract import Progress
-from headrace_api.faults import FaultClass
-from headrace_operator.body.caches import Cache, Cluster, RunKey
-from headrace_operator.body.outcomes import explain_failure, explain_success
+from headrace_api.faults import FaultClass, Outcome
+from headrace_operator.body.caches import Cache, Cluster, RefusalBook, RunKey
+from headrace_operator.body.kube import ApiError
+from headrace_operator.body.outcomes import NameTaken, explain_failure, explain_success, refusal_of
+from headrace_operator.body.queue import Retry
 from headrace_operator.body.records import JobRecord, PodRecord, deployment_record, job_record, pod_record
-from headrace_operator.brain.observed import Attempt, AttemptState
+from headrace_operator.brain.observed import Attempt, AttemptState, Held, Refusal
 
 Json = dict[str, Any]
 
@@ -53,6 +55,7 @@ def make_pod(
     reason: str = "",
     disruption: str = "",
     waiting: Json | None = None,
+    unscheduled: str = "",
     restarts: int = 0,
     run_uid: str = "uid-1",
 ) -> PodRecord:
@@ -66,12 +69,19 @@ def make_pod(
     meta["labels"] = {**meta["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
     conditions = [{"type": "DisruptionTarget", "status": "True", "reason": disruption}] if disruption else []
     container = {"name": "trainer", "state": state, "restartCount": restarts}
-    status = {"phase": phase, "containerStatuses": [container], "conditions": conditions}
+    if unscheduled:
+        why = {"reason": "Unschedulable", "message": unscheduled}
+        conditions.append({"type": "PodScheduled", "status": "False", **why})
+    status = {"phase": phase, "containerStatuses": [container], "conditions": conditions, "startTime": ago(90)}
     return pod_record({"metadata": meta, "spec": {"nodeName": f"node-{index}"}, "status": status})
 
 
 def failed(index: int = 0, *, exit_code: int = 70, **fields: Any) -> PodRecord:
     return make_pod(index, phase="Failed", exit_code=exit_code, **fields)
+
+
+def pending(reason: str, message: str = "", *, index: int = 0) -> PodRecord:
+    return make_pod(index, phase="Pending", waiting={"reason": reason, "message": message})
 
 
 def observe(*records: Any, report: Progress | None = None) -> tuple[Attempt, ...]:
@@ -198,17 +208,84 @@ def report(**fields: Any) -> Progress:
     return Progress(stage="base", attempt=1, done=7, time=NOW, **fields)
 
 
-def test_a_pending_attempt_says_what_holds_it_back() -> None:
-    waiting = make_pod(0, phase="Pending", waiting={"reason": "ErrImagePull", "message": "no such image"})
-    (attempt,) = observe(make_job(size=1), waiting)
-    assert attempt.progress is not None
-    assert (attempt.progress.phase, attempt.progress.message) == ("Waiting", "ErrImagePull: no such image")
+HOLDS: list[tuple[str, list[PodRecord], Held | None]] = [
+    ("a container that is being made", [pending("ContainerCreating")], None),
+    (
+        "an image that is not there, since the node took the pod",
+        [pending("ErrImagePull", "no such image")],
+        Held(reason="ErrImagePull", message="no such image", since=NOW - timedelta(seconds=90)),
+    ),
+    (
+        "no node, since nobody knows when",
+        [make_pod(0, phase="Pending", unscheduled="0/4 nodes have room")],
+        Held(reason="Unschedulable", message="0/4 nodes have room"),
+    ),
+    (
+        "the pod that may never start, rather than the one that waits for a node",
+        [make_pod(0, phase="Pending", unscheduled="no room"), pending("InvalidImageName", "nonsense", index=1)],
+        Held(reason="InvalidImageName", message="nonsense", since=NOW - timedelta(seconds=90)),
+    ),
+    ("a pod that runs", [make_pod()], None),
+]
 
 
-def test_a_starting_container_is_nothing_to_tell() -> None:
-    starting = make_pod(0, phase="Pending", waiting={"reason": "ContainerCreating"})
-    (attempt,) = observe(make_job(size=1), starting, report=report())
-    assert attempt.progress == report()
+@pytest.mark.parametrize(("pods", "held"), [h[1:] for h in HOLDS], ids=[h[0] for h in HOLDS])
+def test_what_holds_a_pending_attempt_back(pods: list[PodRecord], held: Held | None) -> None:
+    (attempt,) = observe(make_job(size=3), *pods, report=report())
+    assert (attempt.held, attempt.progress) == (held, report())
+
+
+REFUSALS: list[tuple[str, Any, FaultClass | None, str]] = [
+    (
+        "a quota",
+        ApiError(403, "Forbidden", 'jobs.batch "x" is forbidden: exceeded quota: q'),
+        FaultClass.CAPACITY,
+        "QuotaExceeded",
+    ),
+    (
+        "the operator's own permission",
+        ApiError(403, "Forbidden", 'jobs.batch is forbidden: User "op" cannot create resource "jobs"'),
+        FaultClass.CAPACITY,
+        "OperatorForbidden",
+    ),
+    (
+        "a webhook",
+        ApiError(403, "", 'admission webhook "w" denied the request: no'),
+        FaultClass.POD,
+        "StartRefused",
+    ),
+    ("validation", ApiError(422, "Invalid", "spec.template: Invalid value"), FaultClass.POD, "StartRefused"),
+    ("nonsense", ApiError(400, "BadRequest", "cannot be decoded"), FaultClass.POD, "StartRefused"),
+    ("somebody else's object", NameTaken("Job a/b exists"), FaultClass.CAPACITY, "NameTaken"),
+    ("an object that is about to go", Retry("Job a/b is being deleted"), None, ""),
+    ("a server that is overloaded", ApiError(429, "TooManyRequests", ""), None, ""),
+    ("a webhook that does not answer", ApiError(500, "InternalError", "failed calling webhook"), None, ""),
+    ("a lost race", ApiError(409, "Conflict", ""), None, ""),
+    ("an expired token", ApiError(401, "Unauthorized", ""), None, ""),
+]
+
+
+@pytest.mark.parametrize(("error", "fault", "reason"), [r[1:] for r in REFUSALS], ids=[r[0] for r in REFUSALS])
+def test_what_a_refused_start_means(error: Any, fault: FaultClass | None, reason: str) -> None:
+    outcome = refusal_of(error)
+    assert (outcome.fault if outcome else None) == fault
+    assert (outcome.reason if outcome else "") == reason
+    said = error.message if isinstance(error, ApiError) else str(error)
+    assert outcome is None or said in outcome.message
+
+
+def test_a_refusal_is_news_once_whatever_figures_its_words_carry() -> None:
+    book = RefusalBook()
+
+    def refuse(number: int, reason: str, message: str) -> bool:
+        outcome = Outcome(fault=FaultClass.CAPACITY, reason=reason, message=message)
+        return book.put(KEY, Refusal(stage="base", number=number, outcome=outcome))
+
+    assert refuse(1, "QuotaExceeded", "used: 7") and not refuse(1, "QuotaExceeded", "used: 8")
+    assert refuse(1, "StartRefused", "") and refuse(2, "StartRefused", "")
+    assert [(r.number, r.outcome.reason) for r in book.of_run(KEY)] == [(2, "StartRefused")]
+    book.forget(KEY)
+    assert book.of_run(KEY) == ()
 
 
 def make_deployment(*, available: bool = False, stuck: bool = False, observed: int = 1) -> Any:

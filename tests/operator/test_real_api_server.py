@@ -139,6 +139,58 @@ def test_a_stage_that_succeeds_hands_its_artifact_to_the_next(world: World) -> N
     assert json.loads(config["data"]["stage.json"])["inputs"]["corpus"]["digest"] == "ab" * 32
 
 
+def test_a_quota_is_waited_for_in_sight_and_the_run_starts_when_there_is_room(world: World) -> None:
+    spec = {"hard": {"count/jobs.batch": "0"}}
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "full"}, "spec": spec}
+    world.plane.apply({**quota, "metadata": {"name": "full", "namespace": world.namespace}})
+    world.eventually(lambda: "used" in world.plane.get("-n", world.namespace, "resourcequota", "full")["status"])
+    world.plane.apply(make_run(world.namespace, "corpus", restartPolicy={"maxInfraRestarts": 0}))
+    world.eventually(lambda: world.status().get("phaseMessage", "").startswith("Waiting: QuotaExceeded: jobs.batch"))
+    world.plane.kubectl("-n", world.namespace, "delete", "resourcequota", "full")
+    world.eventually(lambda: world.names("jobs") != [], timeout_seconds=60)
+    assert world.status()["restarts"] == 0
+
+
+def test_a_start_that_admission_refuses_is_charged_and_ends_in_its_words(world: World) -> None:
+    policy = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicy",
+        "metadata": {"name": f"no-jobs-{world.namespace}"},
+        "spec": {
+            "failurePolicy": "Fail",
+            "matchConstraints": {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}},
+                "resourceRules": [
+                    {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+                ],
+            },
+            "validations": [{"expression": "false", "message": "no jobs on Sundays"}],
+        },
+    }
+    binding = {"policyName": policy["metadata"]["name"], "validationActions": ["Deny"]}
+    world.plane.apply(policy, {**policy, "kind": "ValidatingAdmissionPolicyBinding", "spec": binding})
+    probe = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "probe", "namespace": world.namespace}}
+    container = {"name": "c", "image": "i"}
+    probe["spec"] = {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}}
+    world.eventually(lambda: refused(world, probe))
+    world.plane.apply(make_run(world.namespace, "corpus", restartPolicy={"maxInfraRestarts": 1}))
+    status = world.eventually(lambda: (s := world.status()).get("summary") == "Failed" and s)
+    (failed,) = [c for c in status["conditions"] if c["type"] == "Failed"]
+    assert (failed["reason"], status["restarts"]) == ("StartRefused", 1)
+    assert "no jobs on Sundays" in failed["message"]
+    assert world.names("jobs") == []
+    world.plane.kubectl("delete", "validatingadmissionpolicy", policy["metadata"]["name"])
+
+
+def refused(world: World, obj: Json) -> bool:
+    """Whether the API server does not take an object; policies take a moment to be enforced."""
+    try:
+        world.plane.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(obj))
+    except AssertionError:
+        return True
+    return False
+
+
 def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, operator: Any) -> None:
     world.start_gang()
     world.eventually(lambda: world.status().get("stage") == "base")

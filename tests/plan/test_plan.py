@@ -1,76 +1,16 @@
 """The planner, driven the way a body drives it: plan, carry out, look again."""
 
-from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import pytest
 
-from builders import STAGES, START, ended, failed, make_run, seen, succeeded
-from headrace_api.contract import Progress, SavedCheckpoint
-from headrace_api.faults import FaultClass, Outcome
-from headrace_api.run import ConditionType, StageState, TrainingRun
+from builders import STAGES, START, ended, failed, make_run, succeeded
+from headrace_api.contract import SavedCheckpoint
+from headrace_api.faults import FaultClass
+from headrace_api.run import ConditionType, StageState
 from headrace_operator.brain.observed import Attempt, AttemptState, Observed
-from headrace_operator.brain.plan import Plan, plan
-
-
-@dataclass
-class Body:
-    """A body without processes: attempts are values, and time passes when told to."""
-
-    run: TrainingRun
-    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
-    seconds: float = 0.0
-    last: Plan | None = None
-
-    def step(self, *, forget_status: bool = False) -> Plan:
-        """Plan once and carry it out."""
-        observed = seen(*self.attempts.values(), after_seconds=self.seconds)
-        decided = plan(self.run, observed)
-        self.run = self.run.model_copy(update={"status": decided.status})
-        for key in decided.stop:
-            old = self.attempts[key.stage, key.number]
-            if old.outcome is None:
-                self.attempts[key.stage, key.number] = replace(old, state=AttemptState.STOPPING)
-            else:
-                del self.attempts[key.stage, key.number]
-        for r in decided.start:
-            self.attempts.setdefault(
-                (r.stage.name, r.attempt),
-                Attempt(stage=r.stage.name, number=r.attempt, hash=r.hash, state=AttemptState.RUNNING),
-            )
-        self.last = decided
-        return decided
-
-    def end(self, outcome: Outcome) -> Plan:
-        """The attempt that is under way ends so; plan again."""
-        key = next(k for k, a in self.attempts.items() if a.outcome is None)
-        self.attempts[key] = ended(self.attempts[key], outcome)
-        return self.step()
-
-    def report(self, **fields: object) -> Plan:
-        """The attempt that is under way reports progress; plan again."""
-        key, attempt = next((k, a) for k, a in self.attempts.items() if a.outcome is None)
-        progress = Progress.model_validate({"stage": key[0], "attempt": key[1], "time": START, **fields})
-        self.attempts[key] = replace(attempt, progress=progress)
-        return self.step()
-
-    def change(self, **spec: object) -> None:
-        """The user edits the spec."""
-        value = self.run.spec.dump() | spec
-        self.run = self.run.model_copy(update={"spec": type(self.run.spec).model_validate(value)})
-
-    def started(self) -> list[tuple[str, int]]:
-        assert self.last is not None
-        return [(r.stage.name, r.attempt) for r in self.last.start]
-
-    def state(self, stage: str) -> StageState:
-        return next(s.state for s in self.run.status.stages if s.name == stage)
-
-
-def body(*stages: str, **spec: object) -> Body:
-    made = Body(run=make_run(*stages, **spec))
-    made.step()
-    return made
+from headrace_operator.brain.plan import plan
+from plan.body import body
 
 
 def test_the_first_stage_starts_and_the_others_wait():
@@ -186,14 +126,6 @@ def test_budgets_are_counted_apart():
     assert (status.infra_restarts, status.user_restarts) == (1, 1)
 
 
-def test_a_stop_that_nobody_asked_for_costs_no_budget():
-    it = body("corpus", restartPolicy={"maxInfraRestarts": 0})
-    for expected in (2, 3, 4):
-        it.end(failed(FaultClass.STOPPED))
-        assert it.started() == [("corpus", expected)]
-    assert it.run.status.restarts == 0
-
-
 def test_the_waits_between_attempts_double_up_to_a_minute():
     it = body("corpus", restartPolicy={"maxInfraRestarts": 20})
     waits = []
@@ -213,13 +145,6 @@ def test_an_attempt_whose_objects_vanished_is_started_again_under_its_number():
     it.attempts.clear()
     it.step()
     assert it.started() == [("corpus", 1)]
-
-
-def test_a_success_whose_last_words_were_lost_is_asked_again_and_costs_nothing():
-    it = body("corpus")
-    it.end(succeeded(digest=None))
-    assert it.started() == [("corpus", 2)]
-    assert it.run.status.restarts == 0
 
 
 def test_numbers_are_not_given_twice_when_the_status_was_lost():

@@ -17,6 +17,7 @@ from headrace_operator.body.build import Objects, build, owned
 from headrace_operator.body.build.names import DIGEST_ANNOTATION, attempt_name, service_name
 from headrace_operator.body.caches import Cluster, RunKey
 from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, Raw, path, path_of
+from headrace_operator.body.outcomes import NameTaken
 from headrace_operator.body.queue import Retry
 from headrace_operator.body.records import deployment_record, job_record
 from headrace_operator.body.runs import Runs, key_of
@@ -110,7 +111,7 @@ class Writer:
         meta = existing["metadata"]
         what = f"{obj['kind']} {meta['namespace']}/{meta['name']}"
         if [o["uid"] for o in meta.get("ownerReferences", [])] != [owner]:
-            raise Retry(f"{what} exists and is not this run's; delete it, or choose another name for the run")
+            raise NameTaken(f"{what} exists and is not this run's; delete it, or choose another name for the run")
         if "deletionTimestamp" in meta:
             raise Retry(f"{what} is being deleted")
         return {"kind": obj["kind"], "apiVersion": obj["apiVersion"], **existing}

@@ -14,7 +14,7 @@ from headrace_api.faults import FaultClass, Outcome, classify
 from headrace_operator.body.build.service import endpoint
 from headrace_operator.body.outcomes import explain_failure, explain_success, last_words
 from headrace_operator.body.records import DeploymentRecord, JobRecord, PodRecord, Record
-from headrace_operator.brain.observed import Attempt, AttemptState, Observed
+from headrace_operator.brain.observed import Attempt, AttemptState, Held, Observed, Refusal
 
 _LOST_AFTER = timedelta(seconds=30)
 """A pod that outlives the grace period of its deletion by this much is on a node that does not answer."""
@@ -107,6 +107,28 @@ class ProgressBook:
         self._reports.pop(key, None)
 
 
+class RefusalBook:
+    """Why attempts could not be started. Lost with the process: the next one tries for itself."""
+
+    def __init__(self) -> None:
+        self._refusals: dict[RunKey, dict[str, Refusal]] = {}
+
+    def put(self, key: RunKey, refusal: Refusal) -> bool:
+        """Remember a refusal, for each stage the newest; whether that is news."""
+        known = self._refusals.setdefault(key, {}).get(refusal.stage)
+        self._refusals[key][refusal.stage] = refusal
+        news = known is None or known.number != refusal.number
+        return news or known is None or known.outcome.reason != refusal.outcome.reason
+
+    def of_run(self, key: RunKey) -> tuple[Refusal, ...]:
+        """The refusals of a run."""
+        return tuple(self._refusals.get(key, {}).values())
+
+    def forget(self, key: RunKey) -> None:
+        """Forget a run."""
+        self._refusals.pop(key, None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Everything known of all runs' children."""
@@ -115,6 +137,7 @@ class Cluster:
     deployments: Cache[DeploymentRecord] = field(default_factory=Cache)
     pods: Cache[PodRecord] = field(default_factory=Cache)
     progress: ProgressBook = field(default_factory=ProgressBook)
+    refusals: RefusalBook = field(default_factory=RefusalBook)
 
     def observe(self, key: RunKey, *, run_uid: str, now: datetime) -> Observed:
         """The attempts of a run; objects of an earlier run of the same name are not its."""
@@ -132,7 +155,8 @@ class Cluster:
             )
             for found in sorted({*jobs, *deployments, *pods})
         ]
-        return Observed(now=now, attempts=tuple(a for a in attempts if a is not None))
+        known = tuple(a for a in attempts if a is not None)
+        return Observed(now=now, attempts=known, refusals=self.refusals.of_run(key))
 
     def seconds_to_loss(self, key: RunKey, *, now: datetime) -> float | None:
         """When the next pod that will not end is to be given up; nothing else would wake the run for it."""
@@ -141,7 +165,7 @@ class Cluster:
             for pod in self.pods.of_run(key)
             if pod.deleted_at is not None and not pod.ended
         ]
-        return min((w for w in waits if w > 0), default=None)
+        return max(1.0, min(waits)) if (waits := [w for w in waits if w > 0]) else None
 
 
 def _by_attempt(records: Iterable[R], run_uid: str) -> dict[tuple[str, int], list[R]]:
@@ -166,14 +190,27 @@ def _attempt(
     live = [pod for pod in pods if not pod.ended and not is_lost(pod, now=now)]
     if deployment is not None:
         state, outcome = service_state(deployment, pods)
-        report = _service_report(deployment, pods, report, now=now)
+        report = _service_report(deployment, report)
     elif job is None and not live and not any(pod.ended for pod in pods):
         return None
     else:
         state, outcome = job_state(job, pods, live)
-        report = _waiting_report(key, pods, report, now=now) if state is AttemptState.PENDING else report
     hashes = [record.hash for record in (job, deployment, *pods) if record is not None]
-    return Attempt(stage=stage, number=number, hash=hashes[0], state=state, outcome=outcome, progress=report)
+    return Attempt(
+        stage=stage,
+        number=number,
+        hash=hashes[0],
+        state=state,
+        outcome=outcome,
+        progress=report,
+        held=held(pods) if state is AttemptState.PENDING else None,
+    )
+
+
+def held(pods: Sequence[PodRecord]) -> Held | None:
+    """What holds an attempt back: rather a pod that may never start than one that waits for a node."""
+    found = [pod.held for pod in sorted(pods, key=lambda p: p.index) if pod.held is not None]
+    return min(found, key=lambda h: h.since is None, default=None)
 
 
 def is_lost(pod: PodRecord, *, now: datetime) -> bool:
@@ -226,28 +263,11 @@ def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tu
     return AttemptState.PENDING, None
 
 
-def _service_report(
-    deployment: DeploymentRecord, pods: Sequence[PodRecord], report: Progress | None, *, now: datetime
-) -> Progress | None:
+def _service_report(deployment: DeploymentRecord, report: Progress | None) -> Progress | None:
     """A service has an endpoint while its Deployment is available, whatever its pods report."""
     since, stage = deployment.available_since, deployment.stage
     if since is None:
-        return _waiting_report((stage, deployment.attempt), pods, _without_endpoint(report), now=now)
+        return report.model_copy(update={"endpoint": None}) if report is not None else None
     address = endpoint(deployment.run, stage, namespace=deployment.namespace, port=deployment.port)
     base = report or Progress(stage=stage, attempt=deployment.attempt, unit="replicas", time=since)
     return base.model_copy(update={"phase": "Serving", "endpoint": address})
-
-
-def _without_endpoint(report: Progress | None) -> Progress | None:
-    return report.model_copy(update={"endpoint": None}) if report is not None else None
-
-
-def _waiting_report(
-    key: tuple[str, int], pods: Sequence[PodRecord], report: Progress | None, *, now: datetime
-) -> Progress | None:
-    """What holds a pod back, for people, where Kubernetes says so; otherwise what the pods report."""
-    why = next((pod.waiting for pod in sorted(pods, key=lambda p: p.index) if pod.waiting), "")
-    if not why:
-        return report
-    stage, number = key
-    return Progress(stage=stage, attempt=number, phase="Waiting", message=why[:1024], time=now)

@@ -1,4 +1,4 @@
-"""Which of an attempt's pods explains how it ended. Pure.
+"""Which of an attempt's pods explains how it ended, and what a refused start means. Pure.
 
 In: the records of its pods. Out: one ``Outcome``. One fault of a gang makes many: peers lose their connections, the
 Job ends what is left. The explanation is the worst fault, and among equals the first.
@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from headrace_api.faults import FaultClass, Outcome, classify
+from headrace_operator.body.kube import ApiError
+from headrace_operator.body.queue import Retry
 from headrace_operator.body.records import PodRecord
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
@@ -51,3 +53,28 @@ def _weight(pod: PodRecord, outcome: Outcome) -> int:
     if outcome.fault is FaultClass.STORAGE:
         return 1
     return 2 if pod.disruption else 3
+
+
+_NEVER_MAY = frozenset({400, 403, 413, 422})
+"""HTTP statuses of a server that has understood, and will say the same again."""
+
+
+class NameTaken(Retry):
+    """An object of that name exists, and is somebody else's."""
+
+
+def refusal_of(error: ApiError | Retry) -> Outcome | None:
+    """What it means that an attempt's object was refused; None if the same request may be taken the next time.
+
+    A quota is waited for, and so is a name that is taken, and the operator's own permission, which is no fault of the
+    run's. What admission or validation refuses is a failure of the attempt.
+    """
+    if isinstance(error, NameTaken):
+        return Outcome(fault=FaultClass.CAPACITY, reason="NameTaken", message=str(error))
+    if isinstance(error, Retry) or error.status not in _NEVER_MAY:
+        return None
+    if "exceeded quota" in error.message:
+        return Outcome(fault=FaultClass.CAPACITY, reason="QuotaExceeded", message=error.message)
+    if error.status == 403 and "cannot create resource" in error.message:
+        return Outcome(fault=FaultClass.CAPACITY, reason="OperatorForbidden", message=error.message)
+    return Outcome(fault=FaultClass.POD, reason="StartRefused", message=str(error))

@@ -17,10 +17,15 @@ from headrace_api.runtime import TrainingRuntime
 from headrace_operator.body.apply import Writer, status_delay
 from headrace_operator.body.caches import Cluster, RunKey
 from headrace_operator.body.kube import ApiError, Raw
+from headrace_operator.body.outcomes import refusal_of
 from headrace_operator.body.queue import Retry
 from headrace_operator.body.runs import Runs, runtime_of
+from headrace_operator.brain.observed import Refusal
 from headrace_operator.brain.plan import Event, Plan, plan
 from headrace_operator.metrics import RECONCILE_ERRORS, RECONCILE_SECONDS
+
+_REFUSED_SECONDS = 1.0
+"""How soon a run is planned again after a start that was refused in another way than before."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +63,7 @@ class Reconciler:
         """Forget a run that is gone."""
         self.runs.drop(key)
         self.cluster.progress.forget(key)
+        self.cluster.refusals.forget(key)
         self.writer.forget(key)
         self._written.pop(key, None)
         self._complaints.pop(key, None)
@@ -79,21 +85,30 @@ class Reconciler:
             await self.writer.post_event(raw, event)
         for attempt in decision.stop:
             await self.writer.stop(key, attempt, run_uid=run.metadata.uid)
-        if runtime is not None:
-            await self._start(key, raw, decision, runtime)
-        return _first(decision.requeue_after_seconds, delay, self.cluster.seconds_to_loss(key, now=now))
+        again = await self._start(key, raw, decision, runtime) if runtime is not None else None
+        return _first(decision.requeue_after_seconds, delay, again, self.cluster.seconds_to_loss(key, now=now))
 
-    async def _start(self, key: RunKey, raw: Raw, decision: Plan, runtime: TrainingRuntime) -> None:
-        try:
-            for resolved in decision.start:
+    async def _start(self, key: RunKey, raw: Raw, decision: Plan, runtime: TrainingRuntime) -> float | None:
+        """Make attempts exist; returns when to plan again with what was refused, if something was."""
+        for resolved in decision.start:
+            try:
                 told = resolved.model_copy(update={"progress_url": self.progress_url})
                 await self.writer.start(told, runtime)
-        except (ApiError, Retry) as error:
-            if self._complaints.get(key) != str(error):
-                self._complaints[key] = str(error)
-                await self.writer.post_event(raw, Event(type="Warning", reason="StartFailed", message=str(error)))
-            raise
+            except (ApiError, Retry) as error:
+                await self._complain(key, raw, str(error))
+                outcome = refusal_of(error)
+                if outcome is None:
+                    raise
+                refusal = Refusal(stage=resolved.stage.name, number=resolved.attempt, outcome=outcome)
+                return _REFUSED_SECONDS if self.cluster.refusals.put(key, refusal) else None
         self._complaints.pop(key, None)
+        self.cluster.refusals.forget(key)
+        return None
+
+    async def _complain(self, key: RunKey, raw: Raw, message: str) -> None:
+        if self._complaints.get(key) != message:
+            self._complaints[key] = message
+            await self.writer.post_event(raw, Event(type="Warning", reason="StartFailed", message=message))
 
     def _runtime(self, raw: Raw) -> TrainingRuntime | None:
         found = self.runtimes.get(runtime_of(raw))

@@ -18,6 +18,7 @@ from headrace_operator.body.build.names import (
     STAGE_LABEL,
 )
 from headrace_operator.body.build.pod import CONTAINER
+from headrace_operator.brain.observed import Held
 
 Raw = dict[str, Any]
 
@@ -76,8 +77,8 @@ class PodRecord(Record):
     node: str | None
     disruption: str
     """What ended it from outside, as PreemptionByScheduler, Evicted or OOMKilled; empty if nothing did."""
-    waiting: str
-    """Why it does not run yet, for people; empty if there is nothing to tell."""
+    held: Held | None
+    """Why it does not run yet, where Kubernetes says so."""
     exit_code: int | None
     """The trainer's; of a container that was started again, the one before."""
     last_words: str
@@ -132,7 +133,7 @@ def pod_record(raw: Raw) -> PodRecord:
         phase=status.get("phase", "Pending"),
         node=raw["spec"].get("nodeName"),
         disruption=_disruption(raw, ended),
-        waiting=_waiting(raw, state),
+        held=_held(raw, state.get("waiting", {})),
         exit_code=ended.get("exitCode"),
         last_words=ended.get("message", ""),
         finished_at=_time(ended.get("finishedAt")),
@@ -177,19 +178,19 @@ def _disruption(raw: Raw, ended: Raw) -> str:
     return target or ("" if said in ("Completed", "Error") else said)
 
 
-def _waiting(raw: Raw, state: Raw) -> str:
-    if raw.get("status", {}).get("phase") != "Pending" and "waiting" not in state:
-        return ""
-    waiting = state.get("waiting", {})
-    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-        return _sentence(waiting)
-    conditions = {c["type"]: c for c in raw.get("status", {}).get("conditions", [])}
-    scheduled = conditions.get("PodScheduled", {})
-    return _sentence(scheduled) if scheduled.get("status") == "False" else ""
-
-
-def _sentence(said: Raw) -> str:
-    return ": ".join(part for part in (said.get("reason"), said.get("message")) if part)
+def _held(raw: Raw, waiting: Raw) -> Held | None:
+    status = raw.get("status", {})
+    if status.get("phase") != "Pending" and not waiting:
+        return None
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason not in ("", "ContainerCreating", "PodInitializing"):
+        # One that has run can run: the back-off between its restarts is not what holds it.
+        since = None if reason == "CrashLoopBackOff" else _time(status.get("startTime"))
+        return Held(reason=reason, message=message, since=since)
+    scheduled: Raw = next((c for c in status.get("conditions", []) if c["type"] == "PodScheduled"), {})
+    if scheduled.get("status") != "False":
+        return None
+    return Held(reason=scheduled.get("reason", "Unscheduled"), message=scheduled.get("message", ""))
 
 
 def _time(value: str | None) -> datetime | None:

@@ -28,6 +28,27 @@ LIVE = frozenset({AttemptState.PENDING, AttemptState.RUNNING, AttemptState.STOPP
 
 
 @dataclass(frozen=True, kw_only=True)
+class Held:
+    """What keeps an attempt's pods from running."""
+
+    reason: str
+    """One CamelCase word."""
+    message: str
+    since: datetime | None = None
+    """Since when a node tries in vain to start a container; None while the pod waits for a node, which takes any time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """An attempt that could not be started."""
+
+    stage: str
+    number: int
+    outcome: Outcome
+    """Why; CAPACITY is waited for, anything else is a failure."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attempt:
     """One attempt at a stage."""
 
@@ -38,8 +59,10 @@ class Attempt:
     """The stage_hash that it was started for."""
     state: AttemptState
     outcome: Outcome | None = None
-    """What it said at its end; None while it runs, or where that was lost."""
+    """What it said at its end; None while it runs, where that was lost, and until it is seen."""
     progress: Progress | None = None
+    held: Held | None = None
+    """Why it does not run yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +71,12 @@ class Observed:
 
     now: datetime
     attempts: tuple[Attempt, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
 
     def of_stage(self, stage: str) -> tuple[Attempt, ...]:
         """The attempts at a stage, by number."""
         return tuple(sorted((a for a in self.attempts if a.stage == stage), key=lambda a: a.number))
+
+    def refusal(self, stage: str, number: int) -> Outcome | None:
+        """Why an attempt could not be started; None if nothing is known against it."""
+        return next((r.outcome for r in self.refusals if (r.stage, r.number) == (stage, number)), None)

@@ -16,6 +16,7 @@ from headrace_operator.brain.stage_plan import StagePlan, plan_stage
 
 _KEPT_ATTEMPTS = 3
 """Finished attempts whose objects, and so whose logs, are kept for each stage."""
+_SHORTEST_WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -71,9 +72,9 @@ def plan(run: TrainingRun, observed: Observed) -> Plan:
         stop=strangers
         + tuple(AttemptKey(stage=s.status.name, number=n) for s in stages for n in s.stop)
         + _old(observed),
-        status=report(run, observed, statuses),
+        status=report(run, observed, statuses, notes={s.status.name: s.note for s in stages}),
         events=tuple(e for before, after in zip(_prior(run), statuses, strict=True) for e in _events(before, after)),
-        requeue_after_seconds=min((s.requeue_after_seconds for s in stages if s.requeue_after_seconds), default=None),
+        requeue_after_seconds=_first(s.requeue_after_seconds for s in stages),
     )
 
 
@@ -85,6 +86,11 @@ def _plan_stages(run: TrainingRun, observed: Observed) -> list[StagePlan]:
         finished = {p.status.name: p.status.artifact for p in plans if p.status.artifact is not None}
         plans.append(plan_stage(run, stage, before, observed, ready=ready, finished=finished))
     return plans
+
+
+def _first(seconds: Iterable[float | None]) -> float | None:
+    """The earliest time to plan again. Never at once: the timer may be a little ahead of the clock that set it."""
+    return max(_SHORTEST_WAIT_SECONDS, min(known)) if (known := [s for s in seconds if s is not None]) else None
 
 
 def _prior(run: TrainingRun) -> list[StageStatus]:

@@ -1,6 +1,7 @@
 """The status that people read: conditions, and the columns of ``kubectl get trun``. Pure."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from headrace_api.contract import Progress
@@ -15,18 +16,24 @@ from headrace_api.run import (
 )
 from headrace_operator.brain.observed import Observed
 
+_LONGEST_NOTE = 1024
 
-def report(run: TrainingRun, observed: Observed, stages: Sequence[StageStatus]) -> RunStatus:
+
+def report(
+    run: TrainingRun, observed: Observed, stages: Sequence[StageStatus], *, notes: Mapping[str, str]
+) -> RunStatus:
     """The run's status, from the statuses of its stages.
 
     Args:
         run: the manifest and the last status; conditions keep their transition times.
         observed: for the newest progress and the time.
         stages: the new statuses, in order.
+        notes: stage name -> what it waits for; empty where its ranks' report says more.
     """
     current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
     progress = _progress_of(observed, current)
     endpoint = next((s.endpoint for s in stages if s.endpoint), None)
+    note = notes[current.name] if current is not None else ""
     return RunStatus(
         conditions=_conditions(run, current, now=observed.now),
         observed_generation=run.metadata.generation,
@@ -36,7 +43,7 @@ def report(run: TrainingRun, observed: Observed, stages: Sequence[StageStatus]) 
         checkpoint=_checkpoint(run, current, progress),
         endpoint=endpoint,
         stages=list(stages),
-        **_columns(run, current, progress),
+        **_columns(run, current, progress, note=note),
     )
 
 
@@ -95,27 +102,31 @@ def _checkpoint(run: TrainingRun, current: StageStatus | None, progress: Progres
     return run.status.checkpoint if run.status.stage == current.name else None
 
 
-def _columns(run: TrainingRun, current: StageStatus | None, progress: Progress | None) -> dict[str, str | None]:
+def _columns(
+    run: TrainingRun, current: StageStatus | None, progress: Progress | None, *, note: str
+) -> dict[str, str | None]:
     """Step, progress, loss and their like; kept from the last status while a new attempt has not reported yet."""
     before = run.status
-    if current is not None and progress is None and before.stage == current.name:
-        return {"step": before.step, "progress": before.progress, "loss": before.loss}
+    if progress is None and current is None:
+        return {"loss": before.loss}
+    said = note[:_LONGEST_NOTE] or None
     if progress is None:
-        return {"loss": before.loss} if current is None else {}
+        kept = {"step": before.step, "progress": before.progress, "loss": before.loss}
+        return {**(kept if current is not None and before.stage == current.name else {}), "phase_message": said}
     total = progress.total
     return {
         "step": f"{progress.done}/{total}" if total else str(progress.done),
-        "progress": f"{100 * progress.done // total}%" if total else None,
+        "progress": f"{100 * min(progress.done, total) // total}%" if total else None,
         "loss": f"{progress.loss:.4f}" if progress.loss is not None else None,
         "tokens_per_second": people_count(progress.tokens_per_second),
         "eta": people_time(progress.eta_seconds),
-        "phase_message": f"{progress.phase}: {progress.message}" if progress.message else progress.phase,
+        "phase_message": said or (f"{progress.phase}: {progress.message}" if progress.message else progress.phase),
     }
 
 
 def people_count(number: float | None) -> str | None:
     """``1234567`` as ``1.2M``."""
-    if number is None:
+    if number is None or not math.isfinite(number):
         return None
     for bound, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= bound:
@@ -125,9 +136,9 @@ def people_count(number: float | None) -> str | None:
 
 def people_time(seconds: float | None) -> str | None:
     """``3700`` as ``1h1m``: the two largest units."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return None
-    whole = round(seconds)
+    whole = max(0, round(seconds))
     units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
     parts = [f"{whole // size % limit}{unit}" for (unit, size), limit in zip(units, (10**6, 24, 60, 60), strict=True)]
     first = next((i for i, (_, size) in enumerate(units) if whole >= size), 3)

@@ -2,21 +2,38 @@
 
 In: the stage, what its status said, its attempts, whether the stages before it are done. Out: the attempt that should
 exist, the attempts that should end, and the stage's new status.
+
+The status follows its newest attempt until that is *settled*: charged to a budget, or stopped on request. Whatever is
+seen of a settled attempt later, a replay or a ghost, costs nothing more.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from headrace_api.artifact import ArtifactRef, stage_hash
 from headrace_api.contract import ResolvedStage, join_uri
-from headrace_api.faults import REMEDIES, Budget, FaultClass, Outcome
+from headrace_api.faults import BUDGETS, Budget, FaultClass, Outcome
 from headrace_api.run import RestartPolicy, Stage, StageState, StageStatus, TrainingRun
 from headrace_api.stages import RunsAs
 from headrace_operator.brain.observed import LIVE, Attempt, AttemptState, Observed
 
-_LONGEST_WAIT_SECONDS = 60.0
+_LONGEST_BACKOFF_SECONDS = 60.0
 _POLL_SECONDS = 5.0
+_CAPACITY_SECONDS = 15.0
+"""How often a start that was refused for want of room is tried again."""
+_OUTCOME_SECONDS = 30.0
+"""A Job is seen to be complete before or after its pods are; the API server sends them apart."""
+_START_SECONDS = 600.0
+"""How long a node may try to start a container, as one whose image it cannot pull, while the gang's other nodes idle."""
+
+_ENDED_BY_ITSELF = Outcome(fault=FaultClass.PROCESS, reason="ServerEnded", message="the server ended by itself")
+_OUTCOME_LOST = Outcome(
+    fault=FaultClass.POD,
+    reason="OutcomeLost",
+    message="the attempt succeeded, and what it left was not said; the next one looks for that in storage",
+)
+_VANISHED = Outcome(fault=FaultClass.POD, reason="Vanished", message="no pod is left to ask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +46,8 @@ class StagePlan:
     start: ResolvedStage | None = None
     stop: tuple[int, ...] = ()
     requeue_after_seconds: float | None = None
+    note: str = ""
+    """What it waits for, for people; empty where the ranks' own report says more."""
 
 
 def plan_stage(
@@ -57,13 +76,13 @@ def plan_stage(
     digest = stage_hash(stage.config, seed=run.spec.seed, inputs={slot: ref.digest for slot, ref in inputs.items()})
     status = before if before.hash == digest else _begin_again(before, digest)
     decide = _Stage(run=run, stage=stage, inputs=inputs, hash=digest, attempts=attempts, observed=observed)
-    if status.state is StageState.SUCCEEDED and stage.config.RUNS_AS is not RunsAs.SERVICE:
-        return StagePlan(status=status, done=True, stop=decide.numbers_live())
+    if status.state is StageState.SUCCEEDED and not decide.serves:
+        return StagePlan(status=status, done=True, stop=decide.live())
     if run.spec.suspend:
         return decide.suspend(status)
     if status.state is StageState.FAILED:
         # A server that failed may still be started again and again by its Deployment.
-        return StagePlan(status=status, stop=decide.numbers_live(failed=stage.config.RUNS_AS is RunsAs.SERVICE))
+        return StagePlan(status=status, stop=decide.live(failed=decide.serves))
     return decide.advance(status)
 
 
@@ -71,13 +90,13 @@ def _wait(before: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
     """A stage before this one is not done (any more): nothing of this one may run."""
     live = tuple(a.number for a in attempts if a.state in LIVE)
     if live and before.state in (StageState.RUNNING, StageState.STOPPING):
-        before = before.model_copy(update={"state": StageState.STOPPING})
+        before = _settled(before, state=StageState.STOPPING)
     return StagePlan(status=before, stop=live)
 
 
 def _begin_again(before: StageStatus, digest: str) -> StageStatus:
     """The spec or an input changed: forget the old result, but go on counting attempts, which name objects."""
-    return StageStatus(name=before.name, attempt=before.attempt, hash=digest)
+    return StageStatus(name=before.name, attempt=before.attempt, settled=before.attempt, hash=digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,113 +110,165 @@ class _Stage:
     attempts: tuple[Attempt, ...]
     observed: Observed
 
-    def numbers_live(self, *, besides: int = 0, failed: bool = False) -> tuple[int, ...]:
+    @property
+    def serves(self) -> bool:
+        """Whether it is a server, which does not end by itself."""
+        return self.stage.config.RUNS_AS is RunsAs.SERVICE
+
+    def live(self, *, besides: Attempt | None = None, failed: bool = False) -> tuple[int, ...]:
+        """The numbers of attempts that hold machines."""
         states = LIVE | {AttemptState.FAILED} if failed else LIVE
-        return tuple(a.number for a in self.attempts if a.state in states and a.number != besides)
+        return tuple(a.number for a in self.attempts if a.state in states and a != besides)
 
     def suspend(self, status: StageStatus) -> StagePlan:
         """Stop after a checkpoint; a failed stage gets its budgets back, so that resuming tries again."""
         done = self._succeeded(status)
         if done is not None:
             return done
-        live = self.numbers_live()
+        live = self.live()
         if live:
-            return StagePlan(
-                status=_with(status, state=StageState.STOPPING), stop=live, requeue_after_seconds=_POLL_SECONDS
-            )
-        fresh = _with(
+            return self._stop(_settled(status), live)
+        fresh = _settled(
             status, state=StageState.SUSPENDED, infra_restarts=0, user_restarts=0, finished_at=None, retry_at=None
         )
         return StagePlan(status=fresh)
 
     def advance(self, status: StageStatus) -> StagePlan:
         """Start, keep, restart or finish the stage."""
-        current = self._current(status)
-        strays = self.numbers_live(besides=status.attempt if current is not None else 0)
+        done = self._succeeded(status)
+        if done is not None:
+            return done
+        current = self._newest(status) if _follows(status) else None
+        strays = self.live(besides=current)
         if strays:
-            return StagePlan(
-                status=_with(status, state=StageState.STOPPING), stop=strays, requeue_after_seconds=_POLL_SECONDS
-            )
+            return self._stop(status, strays)
+        refusal = self.observed.refusal(self.stage.name, status.attempt) if _follows(status) else None
+        if refusal is not None and refusal.fault is not FaultClass.CAPACITY:
+            return self._charge(status, refusal)
         if current is None:
-            return self._without_attempt(status)
+            return self._without_attempt(status, refusal)
         if current.state is AttemptState.STOPPING:
-            return StagePlan(status=_with(status, state=StageState.STOPPING), requeue_after_seconds=_POLL_SECONDS)
+            return self._stop(status, ())
         if current.state in LIVE:
-            return self._keep(status, current)
-        return self._succeeded(status) or self._failed(status, current)
+            return self._keep(status, current, refusal)
+        if current.state is AttemptState.SUCCEEDED:
+            return self._charge(status, _ENDED_BY_ITSELF) if self.serves else self._await_outcome(status)
+        return self._charge(status, current.outcome or _VANISHED)
 
-    def _current(self, status: StageStatus) -> Attempt | None:
-        """The newest attempt, if the status still follows it and it was started for this hash."""
-        following = status.state in (StageState.RUNNING, StageState.STOPPING, StageState.SUCCEEDED)
-        found = next((a for a in self.attempts if a.number == status.attempt), None)
-        return found if following and found is not None and found.hash == self.hash else None
+    def _newest(self, status: StageStatus) -> Attempt | None:
+        """The newest attempt, if it was started for this hash."""
+        return next((a for a in self.attempts if a.number == status.attempt and a.hash == self.hash), None)
 
-    def _without_attempt(self, status: StageStatus) -> StagePlan:
-        wait = self._seconds_to_retry(status)
-        if wait > 0:
-            return StagePlan(status=status, requeue_after_seconds=wait)
-        if status.state in (StageState.RUNNING, StageState.SUCCEEDED) and not self._seen(status.attempt):
-            return self._start(status, number=status.attempt)  # its objects were removed: the same attempt goes on
+    def _stop(self, status: StageStatus, numbers: tuple[int, ...]) -> StagePlan:
+        """Wait for attempts to end, having asked them to if that has not happened by itself."""
+        status = _with(status, state=StageState.STOPPING)
+        return StagePlan(status=status, stop=numbers, requeue_after_seconds=_POLL_SECONDS)
+
+    def _without_attempt(self, status: StageStatus, refusal: Outcome | None) -> StagePlan:
+        now = self.observed.now
+        if status.retry_at is not None and status.retry_at > now:
+            # A time beyond the longest wait was written by another clock.
+            due = min(status.retry_at, now + timedelta(seconds=_LONGEST_BACKOFF_SECONDS))
+            note = f"Restarting: {status.reason}: {status.message}"
+            return StagePlan(status=_with(status, retry_at=due), requeue_after_seconds=_seconds(now, due), note=note)
+        if _follows(status) and all(a.number != status.attempt for a in self.attempts):
+            return self._start(status, number=status.attempt, refusal=refusal)  # nobody has seen it: the same goes on
         newest = max([status.attempt, *(a.number for a in self.attempts)])
         return self._start(status, number=newest + 1)
 
-    def _seen(self, number: int) -> bool:
-        return any(a.number == number for a in self.attempts)
-
-    def _seconds_to_retry(self, status: StageStatus) -> float:
-        return (status.retry_at - self.observed.now).total_seconds() if status.retry_at is not None else 0.0
-
-    def _start(self, status: StageStatus, *, number: int) -> StagePlan:
+    def _start(self, status: StageStatus, *, number: int, refusal: Outcome | None = None) -> StagePlan:
         started = status.started_at or self.observed.now
         status = _with(
-            status, state=StageState.RUNNING, attempt=number, started_at=started, retry_at=None, endpoint=None
+            status,
+            state=StageState.RUNNING,
+            attempt=number,
+            started_at=started,
+            retry_at=None,
+            outcome_due_at=None,
+            endpoint=None,
         )
-        return StagePlan(status=status, start=self._resolved(number))
+        return self._with_refusal(StagePlan(status=status, start=self._resolved(number)), refusal)
 
-    def _keep(self, status: StageStatus, current: Attempt) -> StagePlan:
+    def _with_refusal(self, plan: StagePlan, refusal: Outcome | None) -> StagePlan:
+        if refusal is None:
+            return plan
+        note = f"Waiting: {refusal.reason}: {refusal.message}"
+        return StagePlan(status=plan.status, start=plan.start, requeue_after_seconds=_CAPACITY_SECONDS, note=note)
+
+    def _keep(self, status: StageStatus, current: Attempt, refusal: Outcome | None) -> StagePlan:
+        held, left = current.held, None
+        if held is not None and held.since is not None:
+            left = _seconds(self.observed.now, held.since + timedelta(seconds=_START_SECONDS))
+            if held.since + timedelta(seconds=_START_SECONDS) <= self.observed.now:
+                return self._charge(status, Outcome(fault=FaultClass.POD, reason=held.reason, message=held.message))
         endpoint = current.progress.endpoint if current.progress is not None else None
-        serving = self.stage.config.RUNS_AS is RunsAs.SERVICE and endpoint is not None
+        serving = self.serves and endpoint is not None
         if serving:
             finished = status.finished_at or self.observed.now
             status = _with(status, state=StageState.SUCCEEDED, endpoint=endpoint, finished_at=finished)
         else:
             status = _with(status, state=StageState.RUNNING, endpoint=None)
-        return StagePlan(status=status, done=serving, start=self._resolved(current.number))
+        note = f"Waiting: {held.reason}: {held.message}" if held is not None else ""
+        plan = StagePlan(
+            status=status,
+            done=serving,
+            start=self._resolved(current.number),
+            requeue_after_seconds=left,
+            note=note,
+        )
+        return self._with_refusal(plan, refusal)
 
     def _succeeded(self, status: StageStatus) -> StagePlan | None:
         """The stage as finished, if its newest attempt says so and names the artifact."""
-        current = self._current(status)
-        if current is None or current.state is not AttemptState.SUCCEEDED or current.outcome is None:
+        asked = _follows(status) or status.state is StageState.STOPPING  # it may finish while it is being stopped
+        newest = self._newest(status) if asked else None
+        if newest is None or newest.state is not AttemptState.SUCCEEDED or newest.outcome is None:
             return None
-        digest = current.outcome.artifact_digest
-        if digest is None:
+        if newest.outcome.artifact_digest is None:
             return None
-        ref = ArtifactRef(uri=self._folder(), digest=digest, kind=self.stage.config.GIVES)
+        ref = ArtifactRef(uri=self._folder(), digest=newest.outcome.artifact_digest, kind=self.stage.config.GIVES)
         status = _with(
             status,
             state=StageState.SUCCEEDED,
+            settled=status.attempt,
             finished_at=self.observed.now,
+            retry_at=None,
+            outcome_due_at=None,
             artifact=ref,
-            metrics=current.outcome.metrics,
+            metrics=newest.outcome.metrics,
             reason=None,
             message=None,
         )
-        return StagePlan(status=status, done=True)
+        return StagePlan(status=status, done=True, stop=self.live())
 
-    def _failed(self, status: StageStatus, current: Attempt) -> StagePlan:
-        """Charge the fault to its budget; try again within it, fail beyond it."""
-        if current.state is AttemptState.SUCCEEDED:
-            # Its last words were lost. The next attempt finds the artifact in storage, or makes it.
-            return self._start(status, number=current.number + 1)
-        outcome = current.outcome or Outcome(fault=FaultClass.POD, reason="Vanished", message="no pod is left to ask")
-        status, within = charge(status, outcome, policy=self.run.spec.restart_policy)
+    def _await_outcome(self, status: StageStatus) -> StagePlan:
+        """Its pods' last words may still come; without them the next attempt asks storage, and is charged."""
+        now, longest = self.observed.now, self.observed.now + timedelta(seconds=_OUTCOME_SECONDS)
+        due = min(status.outcome_due_at or longest, longest)
+        if due <= now:
+            return self._charge(status, _OUTCOME_LOST)
+        status = _with(status, outcome_due_at=due)
+        note = "Waiting: the attempt succeeded and has not said yet what it left"
+        return StagePlan(status=status, requeue_after_seconds=_seconds(now, due), note=note)
+
+    def _charge(self, status: StageStatus, outcome: Outcome) -> StagePlan:
+        """Charge a failure to its budget; try again within it, fail beyond it. What still holds machines ends first."""
+        status, within = charge(_settled(status), outcome, policy=self.run.spec.restart_policy)
+        stop = self.live()
         if not within:
-            return StagePlan(status=_with(status, state=StageState.FAILED, finished_at=self.observed.now))
-        wait = backoff_seconds(outcome, failures=status.infra_restarts + status.user_restarts)
-        if wait == 0:
-            return self._start(status, number=current.number + 1)
+            return StagePlan(
+                status=_with(status, state=StageState.FAILED, finished_at=self.observed.now, retry_at=None), stop=stop
+            )
+        wait = backoff_seconds(failures=status.infra_restarts + status.user_restarts)
+        if wait == 0 and not stop:
+            return self._without_attempt(status, None)
         retry_at = self.observed.now + timedelta(seconds=wait)
-        return StagePlan(status=_with(status, state=StageState.PENDING, retry_at=retry_at), requeue_after_seconds=wait)
+        return StagePlan(
+            status=_with(status, state=StageState.PENDING, retry_at=retry_at),
+            stop=stop,
+            requeue_after_seconds=max(wait, _POLL_SECONDS if stop else 0.0),
+            note=f"Restarting: {status.reason}: {status.message}",
+        )
 
     def _folder(self) -> str:
         assert self.run.spec.storage.uri is not None, "a body fills in storage.uri before it plans"
@@ -224,27 +295,31 @@ def charge(status: StageStatus, outcome: Outcome, *, policy: RestartPolicy) -> t
     Returns:
         The status with the failure counted and described, and whether the budget allows another attempt.
     """
-    remedy = REMEDIES[outcome.fault or FaultClass.PROCESS]
-    used = {
-        Budget.INFRA: (status.infra_restarts, policy.max_infra_restarts),
-        Budget.USER: (status.user_restarts, policy.max_user_restarts),
-        Budget.NONE: (0, 1),
-    }[remedy.budget]
-    within = remedy.retry and used[0] < used[1]
-    counted = {
-        Budget.INFRA: {"infra_restarts": status.infra_restarts + within},
-        Budget.USER: {"user_restarts": status.user_restarts + within},
-        Budget.NONE: {},
-    }[remedy.budget]
-    return _with(status, reason=outcome.reason, message=outcome.message, **counted), within
+    if BUDGETS.get(outcome.fault or FaultClass.PROCESS, Budget.INFRA) is Budget.USER:
+        within = status.user_restarts < policy.max_user_restarts
+        counted = {"user_restarts": status.user_restarts + within}
+    else:
+        within = status.infra_restarts < policy.max_infra_restarts
+        counted = {"infra_restarts": status.infra_restarts + within}
+    return _with(status, reason=outcome.reason, message=outcome.message, outcome_due_at=None, **counted), within
 
 
-def backoff_seconds(outcome: Outcome, *, failures: int) -> float:
-    """How long to wait before the next attempt: not at all after a stop or a first failure, then twice as long each time."""
-    if outcome.fault is FaultClass.STOPPED or failures <= 1:
-        return 0.0
-    return min(2.0 ** (failures - 1), _LONGEST_WAIT_SECONDS)
+def backoff_seconds(*, failures: int) -> float:
+    """How long to wait before the next attempt: not at all after a first failure, then twice as long each time."""
+    return min(2.0 ** min(failures - 1, 20), _LONGEST_BACKOFF_SECONDS) if failures > 1 else 0.0
+
+
+def _follows(status: StageStatus) -> bool:
+    return status.attempt > status.settled
+
+
+def _settled(status: StageStatus, **changes: object) -> StageStatus:
+    return _with(status, settled=status.attempt, **changes)
 
 
 def _with(status: StageStatus, **changes: object) -> StageStatus:
     return status.model_copy(update=changes)
+
+
+def _seconds(now: datetime, due: datetime) -> float:
+    return max(0.0, (due - now).total_seconds())
