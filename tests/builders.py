@@ -1,6 +1,7 @@
 """Builders of runs and attempts for tables of cases."""
 
 import copy
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -71,4 +72,4 @@ def failed(fault: FaultClass, *, reason: str = "Because", message: str = "said w
 def ended(attempt: Attempt, outcome: Outcome) -> Attempt:
     """The attempt at its end."""
     state = AttemptState.SUCCEEDED if outcome.fault is None else AttemptState.FAILED
-    return Attempt(stage=attempt.stage, number=attempt.number, hash=attempt.hash, state=state, outcome=outcome)
+    return replace(attempt, state=state, outcome=outcome)

@@ -76,12 +76,14 @@ class Compute(Spec):
 
 
 class RestartPolicy(Spec):
-    """How many failures a stage may have before the run fails."""
+    """How many failures a stage may have without progress between them before the run fails."""
 
     max_infra_restarts: int = Field(10, ge=0, le=10_000)
     """maxInfraRestarts bounds the restarts after faults of processes, pods, nodes and storage, for each stage."""
     max_user_restarts: int = Field(0, ge=0, le=100)
     """maxUserRestarts bounds the restarts after bad configuration or data, for each stage; 0 fails at once."""
+    reset_after_steps: int = Field(100, ge=1, le=1_000_000_000)
+    """resetAfterSteps gives a stage its restarts back once it is this many steps past the furthest step that failed."""
 
 
 class Stage(Spec):
@@ -222,9 +224,15 @@ class StageStatus(Spec):
     settled: int = 0
     """settled is the number of the newest attempt that is dealt with, charged or stopped on request: its end costs nothing more."""
     infra_restarts: int = 0
-    """infraRestarts counts restarts after infrastructure faults."""
+    """infraRestarts counts all restarts after infrastructure faults."""
     user_restarts: int = 0
-    """userRestarts counts restarts after bad configuration or data."""
+    """userRestarts counts all restarts after bad configuration or data."""
+    infra_spent: int = 0
+    """infraSpent is how much of maxInfraRestarts is used up; progress gives it back."""
+    user_spent: int = 0
+    """userSpent is how much of maxUserRestarts is used up; progress gives it back."""
+    failed_step: int = 0
+    """failedStep is the furthest step at which an attempt failed."""
     started_at: datetime | None = None
     """startedAt is when the first attempt began."""
     finished_at: datetime | None = None
@@ -299,7 +307,7 @@ class RunStatus(Spec):
     tokens_per_second: str | None = None
     """tokensPerSecond is the newest throughput."""
     restarts: int = 0
-    """restarts counts the restarts of all stages."""
+    """restarts counts the restarts of all stages, those too that progress has given back."""
     eta: str | None = None
     """eta is the time that the running stage still needs."""
     phase_message: str | None = None

@@ -24,6 +24,8 @@ _CAPACITY_SECONDS = 15.0
 """How often a start that was refused for want of room is tried again."""
 _OUTCOME_SECONDS = 30.0
 """A Job is seen to be complete before or after its pods are; the API server sends them apart."""
+_SERVED_SECONDS = 600.0
+"""A server that has answered for so long gets its restarts back, as training does by advancing."""
 _START_SECONDS = 600.0
 """How long a node may try to start a container, as one whose image it cannot pull, while the gang's other nodes idle."""
 
@@ -95,8 +97,15 @@ def _wait(before: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
 
 
 def _begin_again(before: StageStatus, digest: str) -> StageStatus:
-    """The spec or an input changed: forget the old result, but go on counting attempts, which name objects."""
-    return StageStatus(name=before.name, attempt=before.attempt, settled=before.attempt, hash=digest)
+    """The spec or an input changed: forget the old result, but go on counting attempts, which name objects, and restarts."""
+    return StageStatus(
+        name=before.name,
+        attempt=before.attempt,
+        settled=before.attempt,
+        hash=digest,
+        infra_restarts=before.infra_restarts,
+        user_restarts=before.user_restarts,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +137,8 @@ class _Stage:
         live = self.live()
         if live:
             return self._stop(_settled(status), live)
-        fresh = _settled(
-            status, state=StageState.SUSPENDED, infra_restarts=0, user_restarts=0, finished_at=None, retry_at=None
-        )
-        return StagePlan(status=fresh)
+        fresh = _settled(status, state=StageState.SUSPENDED, finished_at=None, retry_at=None)
+        return StagePlan(status=_with_fresh_budgets(fresh))
 
     def advance(self, status: StageStatus) -> StagePlan:
         """Start, keep, restart or finish the stage."""
@@ -183,6 +190,7 @@ class _Stage:
             state=StageState.RUNNING,
             attempt=number,
             started_at=started,
+            finished_at=None,
             retry_at=None,
             outcome_due_at=None,
             endpoint=None,
@@ -201,6 +209,8 @@ class _Stage:
             left = _seconds(self.observed.now, held.since + timedelta(seconds=_START_SECONDS))
             if held.since + timedelta(seconds=_START_SECONDS) <= self.observed.now:
                 return self._charge(status, Outcome(fault=FaultClass.POD, reason=held.reason, message=held.message))
+        if _step_of(current) >= status.failed_step + self.run.spec.restart_policy.reset_after_steps:
+            status = _with_fresh_budgets(status)
         endpoint = current.progress.endpoint if current.progress is not None else None
         serving = self.serves and endpoint is not None
         if serving:
@@ -231,6 +241,8 @@ class _Stage:
             status,
             state=StageState.SUCCEEDED,
             settled=status.attempt,
+            infra_spent=0,
+            user_spent=0,
             finished_at=self.observed.now,
             retry_at=None,
             outcome_due_at=None,
@@ -253,13 +265,17 @@ class _Stage:
 
     def _charge(self, status: StageStatus, outcome: Outcome) -> StagePlan:
         """Charge a failure to its budget; try again within it, fail beyond it. What still holds machines ends first."""
-        status, within = charge(_settled(status), outcome, policy=self.run.spec.restart_policy)
+        policy, step = self.run.spec.restart_policy, max(outcome.step or 0, _step_of(self._newest(status)))
+        if step >= status.failed_step + policy.reset_after_steps or self._served_for_long(status):
+            status = _with_fresh_budgets(status)
+        status = _settled(status, failed_step=max(status.failed_step, step))
+        status, within = charge(status, outcome, policy=policy)
         stop = self.live()
         if not within:
             return StagePlan(
                 status=_with(status, state=StageState.FAILED, finished_at=self.observed.now, retry_at=None), stop=stop
             )
-        wait = backoff_seconds(failures=status.infra_restarts + status.user_restarts)
+        wait = backoff_seconds(failures=status.infra_spent + status.user_spent)
         if wait == 0 and not stop:
             return self._without_attempt(status, None)
         retry_at = self.observed.now + timedelta(seconds=wait)
@@ -269,6 +285,12 @@ class _Stage:
             requeue_after_seconds=max(wait, _POLL_SECONDS if stop else 0.0),
             note=f"Restarting: {status.reason}: {status.message}",
         )
+
+    def _served_for_long(self, status: StageStatus) -> bool:
+        """Whether a server had answered for so long that its failure is a new one."""
+        if status.state is not StageState.SUCCEEDED or status.finished_at is None:
+            return False
+        return (self.observed.now - status.finished_at).total_seconds() >= _SERVED_SECONDS
 
     def _folder(self) -> str:
         assert self.run.spec.storage.uri is not None, "a body fills in storage.uri before it plans"
@@ -296,17 +318,27 @@ def charge(status: StageStatus, outcome: Outcome, *, policy: RestartPolicy) -> t
         The status with the failure counted and described, and whether the budget allows another attempt.
     """
     if BUDGETS.get(outcome.fault or FaultClass.PROCESS, Budget.INFRA) is Budget.USER:
-        within = status.user_restarts < policy.max_user_restarts
-        counted = {"user_restarts": status.user_restarts + within}
+        within = status.user_spent < policy.max_user_restarts
+        counted = {"user_spent": status.user_spent + within, "user_restarts": status.user_restarts + within}
     else:
-        within = status.infra_restarts < policy.max_infra_restarts
-        counted = {"infra_restarts": status.infra_restarts + within}
+        within = status.infra_spent < policy.max_infra_restarts
+        counted = {"infra_spent": status.infra_spent + within, "infra_restarts": status.infra_restarts + within}
     return _with(status, reason=outcome.reason, message=outcome.message, outcome_due_at=None, **counted), within
 
 
 def backoff_seconds(*, failures: int) -> float:
     """How long to wait before the next attempt: not at all after a first failure, then twice as long each time."""
     return min(2.0 ** min(failures - 1, 20), _LONGEST_BACKOFF_SECONDS) if failures > 1 else 0.0
+
+
+def _with_fresh_budgets(status: StageStatus) -> StageStatus:
+    return _with(status, infra_spent=0, user_spent=0)
+
+
+def _step_of(attempt: Attempt | None) -> int:
+    """The step that an attempt has reported; 0 where something else is counted."""
+    progress = attempt.progress if attempt is not None else None
+    return progress.done if progress is not None and progress.unit == "steps" else 0
 
 
 def _follows(status: StageStatus) -> bool:
