@@ -32,6 +32,8 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["headrace_trainer.stages.pretrain.stage"])
 _TIMEOUT_SECONDS = 120.0
 
+LENGTH, BATCH = 32, 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -45,6 +47,8 @@ class Run:
     vocab_size: int = 250
     precision: str = "fp32"
     learning_rate: float = 3e-3
+    length: int = LENGTH
+    """Tokens in a sample; an odd one cannot be split over tensor ranks, which switches sequence parallelism off."""
     shards_digest: str = "d" * 64
     model: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -157,14 +161,11 @@ class Synthetic:
     def sample(self, index: int) -> np.ndarray:
         self._at(index)
         rng = np.random.default_rng((self._run.seed, self._offset, index))
-        tokens = rng.integers(0, self._run.vocab_size, LENGTH + 1)
-        for i in range(1, LENGTH + 1):
+        tokens = rng.integers(0, self._run.vocab_size, self._run.length + 1)
+        for i in range(1, self._run.length + 1):
             if tokens[i] % 4:
                 tokens[i] = (tokens[i - 1] * 3 + 1) % self._run.vocab_size
         return tokens
-
-
-LENGTH, BATCH = 32, 8
 
 
 def resolved(run: Run, layout: dict[str, int]) -> ResolvedStage:
@@ -174,8 +175,8 @@ def resolved(run: Run, layout: dict[str, int]) -> ResolvedStage:
     pretrain = {
         "from": {"shards": "shards"},
         "model": {**shape, **run.model},
-        "tokens": run.steps * BATCH * LENGTH,
-        "sequenceLength": LENGTH,
+        "tokens": run.steps * BATCH * run.length,
+        "sequenceLength": run.length,
         "globalBatchSize": BATCH,
         "microBatchSize": 2,
         "precision": run.precision,
@@ -219,7 +220,7 @@ def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Train
         config.model.architecture,
         vocab_size=run.vocab_size,
         eod_id=0,
-        sequence_length=LENGTH,
+        sequence_length=run.length,
         precision=config.precision,
     )
     training = Synthetic(run, at=_trouble(run, ctx, is_last=rank == world - 1))

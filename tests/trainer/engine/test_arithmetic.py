@@ -1,5 +1,7 @@
 """Which samples, which rate, how fast: the pure parts of the loop."""
 
+import math
+
 import pytest
 
 from headrace_api.stages.pretrain import Schedule
@@ -27,12 +29,26 @@ def test_a_rest_is_filled_up_to_whole_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("step", "rate"),
-    [(1, 0.25), (4, 1.0), (5, 0.9914), (14, 0.1)],
-    ids=["first", "peak", "after the peak", "last"],
+    [
+        (1, 0.25),
+        (2, 0.5),
+        (4, 1.0),
+        (5, 0.1 + 0.9 * (1 + math.cos(math.pi * 1 / 10)) / 2),
+        (9, 0.55),
+        (13, 0.1 + 0.9 * (1 + math.cos(math.pi * 9 / 10)) / 2),
+        (14, 0.1),
+    ],
+    ids=["first", "half way up", "peak", "after the peak", "half way down", "last but one", "last"],
 )
-def test_the_rate_rises_then_falls_by_a_cosine(step: int, rate: float) -> None:
+def test_the_rate_rises_by_a_line_then_falls_by_a_cosine(step: int, rate: float) -> None:
     schedule = Schedule(learning_rate=1.0, warmup=4, min_learning_rate=0.1)
-    assert learning_rate(schedule, step=step, steps=14) == pytest.approx(rate, abs=0.015)
+    assert learning_rate(schedule, step=step, steps=14) == pytest.approx(rate, abs=1e-12)
+
+
+def test_without_a_warm_up_the_cosine_begins_at_once() -> None:
+    schedule = Schedule(learning_rate=2e-3)
+    rates = [learning_rate(schedule, step=step, steps=4) for step in range(1, 5)]
+    assert rates == pytest.approx([1.7363961e-3, 1.1e-3, 4.636039e-4, 2e-4], rel=1e-6)
 
 
 def test_a_constant_rate_stays_at_its_peak() -> None:

@@ -13,11 +13,13 @@ SHAPE = Architecture(layers=4, hidden_size=64, heads=4, kv_heads=2, ffn_hidden_s
 TIED = SHAPE.model_copy(update={"tie_embeddings": True, "rope_base": 500_000.0, "norm_epsilon": 1e-6})
 
 
-def save_start(rank: int, world: int, layout: dict[str, int], architecture: Architecture, folder: Path) -> None:
+def save_start(
+    rank: int, world: int, layout: dict[str, int], architecture: Architecture, folder: Path, seed: int
+) -> None:
     """Build the model of one rank and write its start weights."""
     from headrace_trainer.engine.checkpoint.state import save_weights
 
-    with built(rank, layout, architecture) as (_, model):
+    with built(rank, layout, architecture, seed=seed) as (_, model):
         save_weights(model, folder)
 
 
@@ -47,29 +49,24 @@ def built(rank: int, layout: dict[str, int], architecture: Architecture, *, seed
     from headrace_api.parallelism import Layout
     from headrace_api.stages.pretrain import Precision
     from headrace_trainer.engine.model.build import build_model
+    from headrace_trainer.engine.model.start import fill_start_weights
     from headrace_trainer.engine.parallel import join_gang
 
     @contextmanager
     def both() -> Any:
         with join_gang(Layout(**layout), rank=rank, seed=seed) as ranks:
-            yield (
-                ranks,
-                build_model(
-                    architecture,
-                    gang=ranks,
-                    vocab_size=VOCAB,
-                    sequence_length=LENGTH,
-                    precision=Precision.FP32,
-                    seed=seed,
-                ),
+            model = build_model(
+                architecture, gang=ranks, vocab_size=VOCAB, sequence_length=LENGTH, precision=Precision.FP32
             )
+            fill_start_weights(model, architecture, seed=seed)
+            yield ranks, model
 
     return both()
 
 
-def start_weights(folder: Path, layout: dict[str, int], architecture: Architecture) -> dict[str, Any]:
+def start_weights(folder: Path, layout: dict[str, int], architecture: Architecture, *, seed: int = 7) -> dict[str, Any]:
     """Global tensors of the start weights under a layout, read without Megatron."""
-    ended = gang(save_start, layout["tensor"] * layout["pipeline"], layout, architecture, folder)
+    ended = gang(save_start, layout["tensor"] * layout["pipeline"], layout, architecture, folder, seed)
     assert not any(e.error for e in ended), ended
     return read_tensors(folder)
 
@@ -117,6 +114,17 @@ def transformers_losses(weights: dict[str, Any], architecture: Architecture) -> 
     """The token losses of transformers' Llama with the same weights, cut to the real vocabulary."""
     import numpy as np
     import torch
+
+    llama = transformers_llama(weights, architecture)
+    samples = torch.from_numpy(np.stack(two_samples()))
+    with torch.no_grad():
+        logits = llama(samples[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none")
+    return losses.tolist()  # type: ignore[no-any-return]
+
+
+def transformers_llama(weights: dict[str, Any], architecture: Architecture) -> Any:
+    """transformers' Llama with the same weights, cut to the real vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -132,11 +140,7 @@ def transformers_losses(weights: dict[str, Any], architecture: Architecture) -> 
     )
     llama = LlamaForCausalLM(config).eval()
     llama.load_state_dict(llama_names(weights, architecture), strict=not architecture.tie_embeddings)
-    samples = torch.from_numpy(np.stack(two_samples()))
-    with torch.no_grad():
-        logits = llama(samples[:, :-1]).logits
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none")
-    return losses.tolist()  # type: ignore[no-any-return]
+    return llama
 
 
 def llama_names(weights: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
@@ -166,3 +170,85 @@ def llama_names(weights: dict[str, Any], architecture: Architecture) -> dict[str
         }
         found |= {f"model.layers.{i}.{name}.weight": weight for name, weight in parts.items()}
     return found
+
+
+def hidden_lengths(rank: int, world: int, layout: dict[str, int], length: int) -> int:
+    """Positions that a layer hands to the next one on this rank."""
+    import torch
+
+    from headrace_api.parallelism import Layout
+    from headrace_api.stages.pretrain import Precision
+    from headrace_trainer.engine.model.build import build_model
+    from headrace_trainer.engine.model.start import fill_start_weights
+    from headrace_trainer.engine.parallel import join_gang
+
+    seen: list[int] = []
+    with join_gang(Layout(**layout), rank=rank) as ranks:
+        model = build_model(SHAPE, gang=ranks, vocab_size=VOCAB, sequence_length=length, precision=Precision.FP32)
+        fill_start_weights(model, SHAPE, seed=1)
+        model.decoder.layers[0].register_forward_hook(lambda _layer, _given, gives: seen.append(gives[0].size(0)))
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        model(tokens, torch.arange(length)[None], None, labels=tokens)
+    return seen[0]
+
+
+@pytest.mark.parametrize(("layout", "length", "expected"), [(TP1, 32, 32), (TP2, 32, 16), (TP2, 33, 33)])
+def test_tensor_ranks_share_a_sequence_that_can_be_divided(layout: dict[str, int], length: int, expected: int) -> None:
+    ended = gang(hidden_lengths, layout["tensor"], layout, length)
+    assert [e.value for e in ended] == [expected] * layout["tensor"], ended
+
+
+def attention_refusals(rank: int, world: int) -> dict[str, str]:
+    """What is said to each thing that attention cannot do."""
+    import torch
+
+    from headrace_trainer.engine.device.megatron import AttnMaskType, TransformerConfig
+    from headrace_trainer.engine.model.attention import CausalAttention
+
+    said = {}
+
+    def attend(
+        name: str, *, given: dict[str, Any] | None = None, built_with: dict[str, Any] | None = None, **config: Any
+    ) -> None:
+        settings = {"attention_dropout": 0.0, **config}
+        kinds = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", **(built_with or {})}
+        q = torch.ones(4, 1, 2, 8)
+        inputs = {"k_SBGD": q, "v_SBGD": q, "attention_mask": None, **(given or {})}
+        try:
+            CausalAttention(
+                TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, **settings),
+                layer_number=1,
+                **kinds,
+            )(q, **inputs)
+        except NotImplementedError as error:
+            said[name] = str(error)
+
+    attend("plain")
+    attend("causal", given={"attn_mask_type": AttnMaskType.causal})
+    attend("mask", given={"attention_mask": torch.zeros(1, 1, 4, 4, dtype=torch.bool)})
+    attend("bias", given={"attention_bias": torch.zeros(1, 2, 4, 4)})
+    attend("packed", given={"packed_seq_params": object()})
+    attend("padding", given={"attn_mask_type": AttnMaskType.padding})
+    attend("cache", given={"k_SBGD": torch.ones(9, 1, 2, 8), "v_SBGD": torch.ones(9, 1, 2, 8)})
+    attend("not causal", built_with={"attn_mask_type": AttnMaskType.no_mask})
+    attend("cross", built_with={"attention_type": "cross"})
+    attend("dropout", attention_dropout=0.1)
+    attend("window", window_size=(2, 0))
+    attend("sinks", softmax_type="off-by-one")
+    return said
+
+
+def test_attention_refuses_what_it_would_ignore() -> None:
+    (ended,) = gang(attention_refusals, 1)
+    assert ended.value == {
+        "mask": "attention with an attention mask: only plain causal attention is done here",
+        "bias": "attention with an attention bias: only plain causal attention is done here",
+        "packed": "attention with packed sequences: only plain causal attention is done here",
+        "padding": "attention with a mask of type 'padding': only plain causal attention is done here",
+        "cache": "attention with a cache of keys: only plain causal attention is done here",
+        "not causal": "attention with a mask of type 'no_mask': only plain causal attention is done here",
+        "cross": "attention with type 'cross': only plain causal attention is done here",
+        "dropout": "attention with dropout: only plain causal attention is done here",
+        "window": "attention with a window: only plain causal attention is done here",
+        "sinks": "attention with softmax_type 'off-by-one': only plain causal attention is done here",
+    }, ended

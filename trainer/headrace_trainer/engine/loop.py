@@ -7,6 +7,7 @@ to save) is added up with the loss, so that all ranks do the same thing after th
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,6 +57,8 @@ class Loop:
     validation: Batches
     checkpointer: Checkpointer
     state: TrainState
+    start: Callable[[], None]
+    """Sets the start weights; called only where no checkpoint is loaded over them."""
     history: History = field(default_factory=History)
     step: int = 0
     saved: SavedCheckpoint | None = None
@@ -67,10 +70,11 @@ class Loop:
         self.pace = Pace(self.config.tokens_per_step)
 
     def resume(self) -> None:
-        """Continue from the newest committed checkpoint, if there is one."""
+        """Continue from the newest committed checkpoint; start from the seed's weights where there is none."""
         self._report("Starting")
         found = self.checkpointer.resume(self.state)
         if found is None:
+            self.start()
             return
         self.step, self.saved = found.saved.step, found.saved
         assert found.consumed_samples == self.consumed_samples

@@ -12,6 +12,8 @@ import warnings
 
 import torch
 
+from headrace_trainer.engine.device.determinism import be_deterministic
+
 
 def has_cuda() -> bool:
     """Whether this rank computes on a GPU."""
@@ -43,10 +45,8 @@ def install() -> None:
     """Make Megatron-core run on this machine. Takes effect once a process; must come before Megatron is imported."""
     # Tensor ranks overlap a reduction with a multiplication; on GPUs they keep their order only on one queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if has_cuda():
-        # The same step twice gives the same bits: attention kernels that add up in any order are not taken.
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    else:
+    be_deterministic(os.environ)
+    if not has_cuda():
         from headrace_trainer.engine.device import cpu
 
         # Megatron takes its kernels wherever it is installed, as in an image that pools without GPUs share.

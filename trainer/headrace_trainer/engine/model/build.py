@@ -1,7 +1,7 @@
 """Architecture -> this rank's part of a Megatron model.
 
-In: dimensions, a precision, the rank's place in the gang. Out: a ``LanguageModel`` with start weights, not yet wrapped
-for training; ``train.optimizer`` wraps it, ``evaluate`` uses it as it is.
+In: dimensions, a precision, the rank's place in the gang. Out: a ``LanguageModel`` whose weights are not set yet:
+``start`` fills them, or a checkpoint does. ``engine.optimizer`` wraps it for training, ``evaluate`` uses it as it is.
 """
 
 from typing import Any
@@ -23,7 +23,6 @@ from headrace_trainer.engine.device.megatron import (
 )
 from headrace_trainer.engine.model.attention import CausalAttention
 from headrace_trainer.engine.model.language_model import LanguageModel
-from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
 
@@ -35,9 +34,8 @@ def build_model(
     vocab_size: int,
     sequence_length: int,
     precision: Precision,
-    seed: int,
 ) -> MegatronModule:
-    """Build this rank's part of the model, on its device, in its precision, with start weights.
+    """Build this rank's part of the model, on its device, in its precision; what is in its weights is undefined.
 
     Args:
         architecture: the dimensions.
@@ -45,7 +43,6 @@ def build_model(
         vocab_size: tokens, unpadded.
         sequence_length: tokens in a sample.
         precision: number format of the weights and matrix multiplications.
-        seed: the run's seed; decides the start weights together with the architecture.
 
     Raises:
         UserError: fp8 without a GPU and Transformer Engine.
@@ -65,7 +62,6 @@ def build_model(
         post_process=gang.is_last_stage,
     )
     _mark_replicated_parameters(model)
-    fill_start_weights(model, architecture, seed=seed)
     model = model.to(gang.device)
     return model if precision is Precision.FP32 else Float16Module(config, model)
 
@@ -82,8 +78,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the Llama family's shape.
 
-    Megatron's own initialization stays on although ``start`` replaces its weights: it is what marks the matrices as
-    split over tensor ranks, and without the marks gradient norms leave out all ranks but the first.
+    Megatron's own initialization stays on and is given nothing to do: it is what marks the matrices as split over
+    tensor ranks, and without the marks gradient norms leave out all ranks but the first.
     """
     return TransformerConfig(
         num_layers=architecture.layers,
@@ -100,17 +96,20 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
-        sequence_parallel=_splits_sequence(layout, sequence_length),
+        # Tensor ranks split the activations between matrices too, where the sequence can be split.
+        sequence_parallel=layout.tensor > 1 and sequence_length % layout.tensor == 0,
+        init_method=_leave,
+        output_layer_init_method=_leave,
         calculate_per_token_loss=True,
+        deterministic_mode=True,
         attention_softmax_in_fp32=True,
         **_formats(precision),
         **_fusions(),
     )
 
 
-def _splits_sequence(layout: Layout, sequence_length: int) -> bool:
-    """Whether tensor ranks also split activations between matrices: on GPUs, where memory is what is short."""
-    return device.has_cuda() and layout.tensor > 1 and sequence_length % layout.tensor == 0
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _formats(precision: Precision) -> dict[str, Any]:

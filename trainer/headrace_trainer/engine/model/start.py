@@ -1,7 +1,8 @@
 """Start weights that do not depend on the layout.
 
-Each tensor is drawn whole from a generator seeded with (seed, its name in checkpoints, its layer), and each rank keeps
-its own part. So one rank, tensor ranks and pipeline stages all begin with the same model, and a test can compare them.
+Each matrix is a grid of tiles, and each tile has a generator of its own, seeded with (seed, the matrix's name in
+checkpoints, its layer) and the tile's number. A rank draws the tiles that its part touches and keeps what is its own;
+so one rank, tensor ranks and pipeline stages all begin with the same model, and none ever holds a whole matrix.
 """
 
 import hashlib
@@ -14,6 +15,10 @@ from headrace_api.model import Architecture
 from headrace_trainer.engine.device.megatron import MegatronModule, ShardedTensor, apply_factories, nested_values
 
 _RESIDUAL_OUTPUTS = ("linear_proj", "linear_fc2")
+_TILE_ROWS, _TILE_COLUMNS = 256, 512
+_SEEDS = 2**32
+"""torch's CPU generator takes no more of a seed than 32 bits. Tiles of a matrix count on from its own seed, so that no
+two of them are the same."""
 
 
 @torch.no_grad()
@@ -24,8 +29,11 @@ def fill_start_weights(model: MegatronModule, architecture: Architecture, *, see
     the root of twice the number of layers (GPT-2, section 2.3 of its report).
     """
     for shard in _shards(model):
-        part = _part(_whole(shard, architecture, seed=seed), shard)
-        shard.data.copy_(part.reshape(shard.data.shape))
+        if "norm" in shard.key:
+            shard.data.fill_(1.0)
+        else:
+            part = _draw(shard, seed=seed).mul_(_std(shard.key, architecture))
+            shard.data.copy_(part.reshape(shard.data.shape))
 
 
 def _shards(model: MegatronModule) -> Iterator[ShardedTensor]:
@@ -35,22 +43,34 @@ def _shards(model: MegatronModule) -> Iterator[ShardedTensor]:
     return (t for t in nested_values(state) if isinstance(t, ShardedTensor) and t.data is not None)
 
 
-def _whole(shard: ShardedTensor, architecture: Architecture, *, seed: int) -> torch.Tensor:
-    layer, shape = shard.global_offset[: shard.prepend_axis_num], shard.global_shape[shard.prepend_axis_num :]
-    if "norm" in shard.key:
-        return torch.ones(shape)
-    std = architecture.init_std
-    if any(name in shard.key for name in _RESIDUAL_OUTPUTS):
-        std /= math.sqrt(2 * architecture.layers)
-    return std * torch.randn(shape, generator=_generator(seed, shard.key, layer))
+def _std(key: str, architecture: Architecture) -> float:
+    if any(name in key for name in _RESIDUAL_OUTPUTS):
+        return architecture.init_std / math.sqrt(2 * architecture.layers)
+    return architecture.init_std
 
 
-def _generator(seed: int, key: str, layer: tuple[int, ...]) -> torch.Generator:
+def _draw(shard: ShardedTensor, *, seed: int) -> torch.Tensor:
+    """This rank's part of a matrix of standard normal numbers, in fp32 on the CPU."""
+    layer, (num_rows, num_columns) = shard.global_offset[:-2], shard.global_shape[-2:]
+    first_row, first_column = shard.global_offset[-2:]
+    part, generator = torch.empty(shard.local_shape[-2:]), torch.Generator()
+    matrix_seed, tiles_in_row = _matrix_seed(seed, shard.key, layer), -(-num_columns // _TILE_COLUMNS)
+    for i, rows, tile_rows in _tiles(first_row, part.size(0), side=_TILE_ROWS):
+        for j, columns, tile_columns in _tiles(first_column, part.size(1), side=_TILE_COLUMNS):
+            generator.manual_seed((matrix_seed + i * tiles_in_row + j) % _SEEDS)
+            # Tiles at the edge end with the matrix.
+            shape = min(_TILE_ROWS, num_rows - i * _TILE_ROWS), min(_TILE_COLUMNS, num_columns - j * _TILE_COLUMNS)
+            part[rows, columns] = torch.randn(shape, generator=generator)[tile_rows, tile_columns]
+    return part
+
+
+def _matrix_seed(seed: int, key: str, layer: tuple[int, ...]) -> int:
     digest = hashlib.sha256(f"{seed} {key} {list(layer)}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return int.from_bytes(digest[:4], "big")
 
 
-def _part(whole: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
-    offsets = shard.global_offset[shard.prepend_axis_num :]
-    lengths = shard.local_shape[-len(offsets) :]
-    return whole[tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))]
+def _tiles(first: int, length: int, *, side: int) -> Iterator[tuple[int, slice, slice]]:
+    """The tiles along one axis that ``first`` to ``first + length - 1`` touch: number, place in the part, part of it."""
+    for tile in range(first // side, -(-(first + length) // side)):
+        begin, end = max(first, tile * side), min(first + length, (tile + 1) * side)
+        yield tile, slice(begin - first, end - first), slice(begin - tile * side, end - tile * side)

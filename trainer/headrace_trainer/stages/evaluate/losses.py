@@ -46,7 +46,6 @@ def load_model(card: ModelCard, folder: Path, gang: Gang) -> torch.nn.Module:
         vocab_size=card.vocab_size,
         sequence_length=card.sequence_length,
         precision=card.precision,
-        seed=0,
     )
     load_weights(model, folder / CHECKPOINT_FOLDER)
     module: torch.nn.Module = model

@@ -15,6 +15,7 @@ from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer, Identi
 from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import build_model, check_precision
+from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.objective import NextToken
 from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
 from headrace_trainer.engine.parallel import Gang, join_gang
@@ -87,7 +88,6 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
         vocab_size=card.vocab_size,
         sequence_length=config.sequence_length,
         precision=config.precision,
-        seed=ctx.resolved.seed,
     )
     wrapped, objective = wrap_model(model), NextToken()
     optimizer = build_optimizer(wrapped, config.optimizer, schedule=config.schedule, precision=config.precision)
@@ -101,6 +101,10 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
         weight_decay=config.optimizer.weight_decay,
     )
 
+    def start() -> None:
+        fill_start_weights(model, card.architecture, seed=ctx.resolved.seed)
+        optimizer.reload_model_params()  # its fp32 weights are copies
+
     def batches(samples: Samples) -> Batches:
         return Batches(samples=samples, objective=objective, gang=ranks, micro_batch_size=config.micro_batch_size)
 
@@ -113,6 +117,7 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
         validation=batches(validation),
         checkpointer=_checkpointer(ctx, ranks, config),
         state=TrainState(model=model, optimizer=optimizer),
+        start=start,
     )
 
 
