@@ -202,10 +202,24 @@ def resolved(run: Run, layout: dict[str, int]) -> ResolvedStage:
 
 def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Trained:
     """One rank of the pretrain loop, from the newest checkpoint to the end."""
+    from headrace_trainer.stages.pretrain.stage import final_metrics, leave_model
+
+    def to_the_end(loop: Any, ctx: Any, card: Any) -> Trained:
+        loop.resume()
+        first_step = loop.step
+        loop.run()
+        leave_model(ctx.output, loop, card)
+        return Trained(history=loop.history.records, first_step=first_step, metrics=final_metrics(loop, card))
+
+    return joined(rank, world, run, layout, to_the_end)
+
+
+def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callable[[Any, Any, Any], Any]) -> Any:
+    """``work(loop, context, card)`` on a rank that has joined its gang, before the first step."""
     from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import describe
     from headrace_trainer.stage import StageContext
-    from headrace_trainer.stages.pretrain.stage import build_loop, final_metrics, leave_model
+    from headrace_trainer.stages.pretrain.stage import build_loop
     from headrace_trainer.stages.pretrain.stage import layout as check_layout
 
     stage = resolved(run, layout)
@@ -228,11 +242,7 @@ def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Train
         loop = build_loop(ctx, ranks, card, training=training, validation=Synthetic(run, offset=1))
         if run.die_in_upload is not None and rank == 0:
             ctx.store.put_file = _fatal_put(ctx.store.put_file, step=run.die_in_upload)  # type: ignore[method-assign]
-        loop.resume()
-        first_step = loop.step
-        loop.run()
-        leave_model(ctx.output, loop, card)
-    return Trained(history=loop.history.records, first_step=first_step, metrics=final_metrics(loop, card))
+        return work(loop, ctx, card)
 
 
 def _trouble(run: Run, ctx: Any, *, is_last: bool) -> Callable[[int], None]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from headrace_trainer.engine.checkpoint.optimizer_state import sharded_moments
 from headrace_trainer.engine.device.megatron import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -26,11 +27,8 @@ from headrace_trainer.engine.device.megatron import (
 )
 from headrace_trainer.errors import StorageError
 
-_OPTIMIZER_FORM = {
-    # Optimizer state is written by global weight, not by rank: any tensor x pipeline x data layout reads it.
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
+_MODEL_FORM = {
+    # The gate and up matrices of SwiGLU are parts of one tensor, wherever tensor parallelism cuts them.
     "singleton_local_shards": False,
 }
 
@@ -59,8 +57,7 @@ def save_state(state: TrainState, folder: Path) -> None:
     Raises:
         StorageError: the folder cannot be written.
     """
-    metadata = _metadata()
-    _write(_sharded(state, metadata), folder, metadata)
+    _write(_sharded(state), folder)
 
 
 def save_weights(model: MegatronModule, folder: Path) -> None:
@@ -69,27 +66,37 @@ def save_weights(model: MegatronModule, folder: Path) -> None:
     Raises:
         StorageError: the folder cannot be written.
     """
-    metadata = _metadata()
-    _write({"model": model.sharded_state_dict(metadata=metadata)}, folder, metadata)
+    _write({"model": _sharded_model(model)}, folder)
 
 
 def load_state(state: TrainState, folder: Path) -> None:
     """Read what ``save_state`` wrote, under whatever layout. Every rank calls."""
-    metadata = _metadata(dist_checkpointing.load_content_metadata(folder) or {})
-    loaded = _read(_sharded(state, metadata, is_loading=True), folder)
+    state.optimizer.load_state_dict(state.optimizer.state_dict())  # allocates the moments
+    loaded = _read(_sharded(state), folder)
     state.model.load_state_dict(loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
     with torch.no_grad():
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        for name, moment in _sharded(state)["moments"].items():
+            moment.data.copy_(loaded["moments"][name])
 
 
 def load_weights(model: MegatronModule, folder: Path) -> None:
     """Read the weights from a folder of ``save_weights`` or ``save_state``, under whatever layout. Every rank calls."""
-    loaded = _read({"model": model.sharded_state_dict(metadata=_metadata())}, folder)
-    model.load_state_dict(loaded["model"])
+    model.load_state_dict(_read({"model": _sharded_model(model)}, folder)["model"])
 
 
-def _metadata(saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {**_OPTIMIZER_FORM, **(saved or {}), "dp_cp_group": _replicas()}
+def _sharded(state: TrainState) -> dict[str, Any]:
+    model = _sharded_model(state.model)
+    return {
+        "model": model,
+        "moments": sharded_moments(state.optimizer, model),
+        "optimizer": state.optimizer.state_dict(),
+    }
+
+
+def _sharded_model(model: MegatronModule) -> dict[str, Any]:
+    sharded: dict[str, Any] = model.sharded_state_dict(metadata={**_MODEL_FORM, "dp_cp_group": _replicas()})
+    return sharded
 
 
 def _replicas() -> torch.distributed.ProcessGroup:
@@ -97,21 +104,16 @@ def _replicas() -> torch.distributed.ProcessGroup:
     return group
 
 
-def _sharded(state: TrainState, metadata: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
-    model = {"model": state.model.sharded_state_dict(metadata=metadata)}
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {**model, "optimizer": optimizer}
-
-
-def _write(sharded: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
+def _write(sharded: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     # One file a rank; replicas of the same weights share the writing.
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), _replicas(), True
     )
-    kept = {k: v for k, v in metadata.items() if k != "dp_cp_group"}  # a process group cannot be pickled
-    _as_storage_error(lambda: dist_checkpointing.save(sharded, str(folder), strategy, content_metadata=kept), folder)
+    _as_storage_error(
+        lambda: dist_checkpointing.save(sharded, str(folder), strategy, content_metadata=_MODEL_FORM), folder
+    )
 
 
 def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ device.install()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -50,6 +50,7 @@ __all__ = [
     "ModuleSpec",
     "OptimizerConfig",
     "ShardedTensor",
+    "ShardedTensorFactory",
     "StrictHandling",
     "TorchDistSaveShardedStrategy",
     "TransformerConfig",
