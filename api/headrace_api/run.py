@@ -223,6 +223,8 @@ class StageStatus(Spec):
     """attempt is the number of the newest attempt."""
     settled: int = 0
     """settled is the number of the newest attempt that is dealt with, charged or stopped on request: its end costs nothing more."""
+    workload: str | None = None
+    """workload is the uid of the newest attempt's Job or Deployment, once it was seen; another of the same name is not its."""
     infra_restarts: int = 0
     """infraRestarts counts all restarts after infrastructure faults."""
     user_restarts: int = 0

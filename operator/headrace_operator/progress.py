@@ -77,7 +77,7 @@ def check(who: PodIdentity, pod: PodRecord | None, report: ProgressReport) -> Ru
     Raises:
         Refusal: the pod is not one that may make this report.
     """
-    if pod is None or pod.uid != who.uid:
+    if pod is None or pod.uid != who.uid or not pod.owner:
         raise Refusal(403, f"pod {who.namespace}/{who.name} is not one of a run, or not known yet")
     mine = _attempt(pod.namespace, pod.run, pod.stage, pod.attempt)
     told = _attempt(report.namespace, report.run, report.progress.stage, report.progress.attempt)

@@ -1,5 +1,6 @@
 """What the cluster shows -> attempts, outcomes and what a report may say."""
 
+import dataclasses
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -31,17 +32,33 @@ def ago(seconds: float) -> str:
     return (NOW - timedelta(seconds=seconds)).isoformat()
 
 
-def metadata(name: str, *, version: int = 1, deleted: str | None = None, run_uid: str = "uid-1") -> Json:
-    fields = {"namespace": "team", "name": name, "uid": f"uid-of-{name}", "resourceVersion": str(version)}
+def metadata(
+    name: str,
+    *,
+    uid: str | None = None,
+    version: int = 1,
+    deleted: str | None = None,
+    run_uid: str = "uid-1",
+    owner: Json | None,
+) -> Json:
+    fields = {"namespace": "team", "name": name, "uid": uid or f"uid-of-{name}", "resourceVersion": str(version)}
     labels = {**LABELS, "headrace.dev/run-uid": run_uid}
     gone = {"deletionTimestamp": deleted} if deleted else {}
-    return {**fields, **gone, "labels": labels, "annotations": {"headrace.dev/hash": "beef"}}
+    owners = {"ownerReferences": [{**owner, "controller": True}]} if owner else {}
+    return {**fields, **gone, **owners, "labels": labels, "annotations": {"headrace.dev/hash": "beef"}}
 
 
-def make_job(*, size: int = 2, condition: str | None = None, deleted: str | None = None, version: int = 1) -> JobRecord:
+RUN = {"kind": "TrainingRun", "name": "demo", "uid": "uid-1"}
+JOB = {"kind": "Job", "name": "demo-base-1", "uid": "uid-of-demo-base-1"}
+REPLICA_SET = {"kind": "ReplicaSet", "name": "demo-base-5f9", "uid": "uid-of-demo-base-5f9"}
+
+
+def make_job(
+    *, size: int = 2, condition: str | None = None, deleted: str | None = None, version: int = 1, **meta: Any
+) -> JobRecord:
     conditions = [{"type": condition, "status": "True", "reason": "BackoffLimitExceeded"}] if condition else []
-    meta = metadata("demo-base-1", deleted=deleted, version=version)
-    return job_record({"metadata": meta, "spec": {"completions": size}, "status": {"conditions": conditions}})
+    named = metadata("demo-base-1", deleted=deleted, version=version, **{"owner": RUN, **meta})
+    return job_record({"metadata": named, "spec": {"completions": size}, "status": {"conditions": conditions}})
 
 
 def make_pod(
@@ -58,6 +75,8 @@ def make_pod(
     unscheduled: str = "",
     restarts: int = 0,
     run_uid: str = "uid-1",
+    owner: Json | None = JOB,
+    template_hash: str = "5f9",
 ) -> PodRecord:
     state: Json = {"waiting": waiting} if waiting else {}
     if exit_code is not None:
@@ -65,8 +84,9 @@ def make_pod(
         state = {
             "terminated": {"exitCode": exit_code, "message": said, "finishedAt": ended or ago(0), "reason": reason}
         }
-    meta = metadata(f"pod-{index}", deleted=deleted, run_uid=run_uid)
-    meta["labels"] = {**meta["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
+    meta = metadata(f"pod-{index}", deleted=deleted, run_uid=run_uid, owner=owner)
+    made = {"batch.kubernetes.io/job-completion-index": str(index), "pod-template-hash": template_hash}
+    meta["labels"] = {**meta["labels"], **made}
     conditions = [{"type": "DisruptionTarget", "status": "True", "reason": disruption}] if disruption else []
     container = {"name": "trainer", "state": state, "restartCount": restarts}
     if unscheduled:
@@ -78,6 +98,11 @@ def make_pod(
 
 def failed(index: int = 0, *, exit_code: int = 70, **fields: Any) -> PodRecord:
     return make_pod(index, phase="Failed", exit_code=exit_code, **fields)
+
+
+def copy_of(pod: PodRecord) -> PodRecord:
+    """As ``kubectl debug --copy-to --keep-labels`` makes it."""
+    return dataclasses.replace(pod, name=f"{pod.name}-debug", uid="copy", owner="")
 
 
 def pending(reason: str, message: str = "", *, index: int = 0) -> PodRecord:
@@ -126,6 +151,24 @@ STATES: list[tuple[str, list[Any], AttemptState | None]] = [
     ("all pods are on silent nodes", [make_job(size=1), make_pod(0, deleted=ago(31))], AttemptState.FAILED),
     ("only the remains of a lost pod", [make_pod(0, deleted=ago(31))], None),
     ("another run of the same name", [make_pod(0, run_uid="uid-0")], None),
+    ("a copy of a failed pod that runs", [make_job(size=1), make_pod(0), copy_of(failed(1))], AttemptState.RUNNING),
+    (
+        "a copy that succeeded while the gang goes on",
+        [make_job(size=1), make_pod(0), copy_of(make_pod(1, phase="Succeeded", exit_code=0))],
+        AttemptState.RUNNING,
+    ),
+    ("nothing but a copy", [copy_of(failed(0))], None),
+    (
+        "a copy that another controller made",
+        [make_job(size=1), make_pod(0), failed(1, owner={"kind": "StatefulSet", "name": "s", "uid": "u"})],
+        AttemptState.RUNNING,
+    ),
+    (
+        "two pods for one index",
+        [make_job(size=2), make_pod(0), dataclasses.replace(make_pod(0), name="pod-0-again", uid="u")],
+        AttemptState.PENDING,
+    ),
+    ("a Job that something else owns, and its pods", [make_job(owner={**RUN, "uid": "x"}), failed(0)], None),
 ]
 
 
@@ -134,6 +177,28 @@ def test_where_an_attempt_is(records: list[Any], state: AttemptState | None) -> 
     attempts = observe(*records)
     assert [a.state for a in attempts] == ([state] if state else [])
     assert all((a.stage, a.number, a.hash) == ("base", 1, "beef") for a in attempts)
+
+
+def test_a_job_that_was_made_again_is_another_attempt_and_takes_no_blame_for_the_first_ones_pods() -> None:
+    again = make_job(size=1, uid="again")
+    first, second = observe(again, failed(0, exit_code=75))
+    assert {(a.uid, a.state) for a in (first, second)} == {
+        ("again", AttemptState.PENDING),
+        ("uid-of-demo-base-1", AttemptState.FAILED),
+    }
+
+
+def test_a_servers_pods_are_known_by_the_deployment_that_made_their_replica_set() -> None:
+    crashing = {"exit_code": 2, "words": say("user", "BadModel"), "restarts": 3}
+    (ours,) = observe(make_deployment(), server(**crashing))
+    assert ours.state is AttemptState.FAILED
+    for stranger in (
+        {"owner": None},
+        {"owner": {**REPLICA_SET, "name": "copy-5f9"}, "template_hash": "5f8"},
+        {"owner": {**REPLICA_SET, "kind": "DaemonSet"}},
+    ):
+        (attempt,) = observe(make_deployment(), server(**crashing, **stranger))
+        assert attempt.state is AttemptState.PENDING, stranger
 
 
 def say(fault: str | None, reason: str = "Said", **fields: Any) -> Json:
@@ -279,16 +344,20 @@ def test_a_refusal_is_news_once_whatever_figures_its_words_carry() -> None:
 
     def refuse(number: int, reason: str, message: str) -> bool:
         outcome = Outcome(fault=FaultClass.CAPACITY, reason=reason, message=message)
-        return book.put(KEY, Refusal(stage="base", number=number, outcome=outcome))
+        return book.put("uid-1", Refusal(stage="base", number=number, outcome=outcome))
 
     assert refuse(1, "QuotaExceeded", "used: 7") and not refuse(1, "QuotaExceeded", "used: 8")
     assert refuse(1, "StartRefused", "") and refuse(2, "StartRefused", "")
-    assert [(r.number, r.outcome.reason) for r in book.of_run(KEY)] == [(2, "StartRefused")]
-    book.forget(KEY)
-    assert book.of_run(KEY) == ()
+    assert [(r.number, r.outcome.reason) for r in book.of_run("uid-1")] == [(2, "StartRefused")]
+    book.forget("uid-1")
+    assert book.of_run("uid-1") == ()
 
 
-def make_deployment(*, available: bool = False, stuck: bool = False, observed: int = 1) -> Any:
+def server(**fields: Any) -> PodRecord:
+    return make_pod(**{"owner": REPLICA_SET, **fields})
+
+
+def make_deployment(*, available: bool = False, stuck: bool = False, observed: int = 1, **meta: Any) -> Any:
     conditions = [{"type": "Available", "status": str(available), "lastTransitionTime": ago(5)}]
     if stuck:
         said = {"reason": "ProgressDeadlineExceeded", "message": "timed out"}
@@ -297,7 +366,7 @@ def make_deployment(*, available: bool = False, stuck: bool = False, observed: i
     template = {"spec": {"containers": [{"name": "trainer", "ports": ports}]}}
     return deployment_record(
         {
-            "metadata": {**metadata("demo-base"), "generation": 1},
+            "metadata": {**metadata("demo-base", owner=RUN, **meta), "generation": 1},
             "spec": {"template": template},
             "status": {"observedGeneration": observed, "conditions": conditions},
         }
@@ -305,23 +374,23 @@ def make_deployment(*, available: bool = False, stuck: bool = False, observed: i
 
 
 def test_a_service_has_an_endpoint_while_it_is_available() -> None:
-    (up,) = observe(make_deployment(available=True), make_pod())
+    (up,) = observe(make_deployment(available=True), server())
     assert up.state is AttemptState.RUNNING and up.progress is not None
     assert up.progress.endpoint == "http://demo-base.team.svc:8000"
-    (down,) = observe(make_deployment(), make_pod(), report=report(endpoint="http://stale"))
+    (down,) = observe(make_deployment(), server(), report=report(endpoint="http://stale"))
     assert down.state is AttemptState.PENDING and down.progress is not None and down.progress.endpoint is None
-    (old,) = observe(make_deployment(available=True, observed=0), make_pod())
+    (old,) = observe(make_deployment(available=True, observed=0), server())
     assert old.state is AttemptState.PENDING, "the status is about an earlier spec"
 
 
 def test_a_service_fails_when_its_server_never_can_start() -> None:
     crashing = {"exit_code": 2, "words": say("user", "BadModel"), "restarts": 3}
-    (attempt,) = observe(make_deployment(), make_pod(**crashing))
+    (attempt,) = observe(make_deployment(), server(**crashing))
     assert attempt.state is AttemptState.FAILED and attempt.outcome is not None
     assert attempt.outcome.reason == "BadModel"
-    (young,) = observe(make_deployment(), make_pod(**{**crashing, "restarts": 1}))
+    (young,) = observe(make_deployment(), server(**{**crashing, "restarts": 1}))
     assert young.state is AttemptState.PENDING
-    (late,) = observe(make_deployment(stuck=True), make_pod())
+    (late,) = observe(make_deployment(stuck=True), server())
     assert late.state is AttemptState.FAILED and late.outcome is not None
     assert late.outcome.reason == "ProgressDeadlineExceeded"
 

@@ -48,6 +48,9 @@ class World:
     def names(self, kind: str) -> list[str]:
         return sorted(o["metadata"]["name"] for o in self.objects(kind))
 
+    def attempts(self, kind: str) -> list[str]:
+        return sorted(o["metadata"]["labels"]["headrace.dev/attempt"] for o in self.objects(kind))
+
     def run(self) -> Json:
         return dict(self.plane.get("-n", self.namespace, "trainingrun", "demo"))
 
@@ -189,6 +192,37 @@ def refused(world: World, obj: Json) -> bool:
     except AssertionError:
         return True
     return False
+
+
+def test_a_copy_of_a_pod_neither_fails_nor_finishes_its_attempt(world: World) -> None:
+    """The pod that `kubectl debug --copy-to --keep-labels` makes; without the Job's labels, or the Job would take it."""
+    world.plane.apply(make_run(world.namespace, "corpus", restartPolicy={"maxInfraRestarts": 0}))
+    (pod,) = world.pods_of(1, count=1)
+    labels = {k: v for k, v in pod["metadata"]["labels"].items() if k.startswith("headrace.dev/")}
+    meta = {k: v for k, v in pod["metadata"].items() if k == "annotations"}
+    spec = {k: v for k, v in pod["spec"].items() if k not in ("hostname", "subdomain")}
+    for name, exit_code in (("failed-copy", 2), ("finished-copy", 0)):
+        copied = {**meta, "name": name, "namespace": world.namespace, "labels": labels}
+        copy = {"apiVersion": "v1", "kind": "Pod", "metadata": copied, "spec": spec}
+        world.plane.apply(copy)
+        world.end_pod(copy, exit_code=exit_code, last_words=json.dumps({"artifactDigest": "ef" * 32}))
+    world.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32}))
+    status = world.eventually(lambda: (s := world.status()).get("summary") == "Complete" and s)
+    assert (status["restarts"], status["stages"][0]["artifact"]["digest"]) == (0, "ab" * 32)
+
+
+def test_a_job_that_somebody_makes_again_is_not_the_attempts(world: World) -> None:
+    world.plane.apply(make_run(world.namespace, "corpus"))
+    world.pods_of(1, count=1)
+    (job,) = world.objects("jobs")
+    world.eventually(lambda: world.status()["stages"][0].get("workload") == job["metadata"]["uid"])
+    again = {**job, "metadata": {k: v for k, v in job["metadata"].items() if k not in ("uid", "resourceVersion")}}
+    del again["spec"]["selector"]
+    for made in ("batch.kubernetes.io/controller-uid", "controller-uid"):
+        again["spec"]["template"]["metadata"]["labels"].pop(made, None)
+    world.plane.kubectl("-n", world.namespace, "replace", "--force", "-f", "-", stdin=json.dumps(again))
+    world.eventually(lambda: world.attempts("jobs") == ["2"])
+    assert world.status()["restarts"] == 1
 
 
 def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, operator: Any) -> None:

@@ -68,7 +68,8 @@ def make_pod(**fields: str) -> PodRecord:
     given = {f"headrace.dev/{k}": fields.get(k.replace("-", "_"), v) for k, v in labels.items()}
     given["batch.kubernetes.io/job-completion-index"] = fields.get("index", "0")
     meta = {"namespace": "team", "name": "pod-0", "uid": fields.get("uid", "uid-0"), "resourceVersion": "1"}
-    return pod_record({"metadata": {**meta, "labels": given}, "spec": {}, "status": {}})
+    owners = [{"kind": "Job", "name": "j", "uid": "uid-j", "controller": "owner" not in fields}]
+    return pod_record({"metadata": {**meta, "labels": given, "ownerReferences": owners}, "spec": {}, "status": {}})
 
 
 def report(*, namespace: str = "team", run: str = "demo", stage: str = "base", attempt: int = 2) -> ProgressReport:
@@ -84,6 +85,7 @@ def test_a_pods_own_report_is_taken() -> None:
     [
         (None, report(), "not one of a run"),
         (make_pod(uid="uid-1"), report(), "not one of a run"),
+        (make_pod(owner="nobody"), report(), "not one of a run"),
         (make_pod(), report(namespace="other"), "may not report for run other/demo"),
         (make_pod(), report(run="other"), "may not report for run team/other"),
         (make_pod(), report(stage="tok"), "stage tok"),

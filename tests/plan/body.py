@@ -19,6 +19,8 @@ class Body:
     attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     seconds: float = 0.0
+    made: int = 0
+    """How many attempts were made; each has a uid of its own."""
     last: Plan | None = None
 
     def step(self, *, after_seconds: float = 0.0) -> Plan:
@@ -37,10 +39,11 @@ class Body:
                 del self.attempts[key.stage, key.number]
         refused = {(r.stage, r.number) for r in self.refusals}
         for r in decided.start:
-            if (r.stage.name, r.attempt) not in refused:
-                self.attempts.setdefault(
-                    (r.stage.name, r.attempt),
-                    Attempt(stage=r.stage.name, number=r.attempt, hash=r.hash, state=AttemptState.RUNNING),
+            key = (r.stage.name, r.attempt)
+            if key not in refused and key not in self.attempts:
+                self.made += 1
+                self.attempts[key] = Attempt(
+                    stage=key[0], number=key[1], uid=f"uid-{self.made}", hash=r.hash, state=AttemptState.RUNNING
                 )
         self.last = decided
         return decided

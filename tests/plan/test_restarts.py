@@ -28,10 +28,17 @@ def never_start(it: Body) -> None:
     it.end(failed(FaultClass.STOPPED))
 
 
+def vanish(it: Body) -> None:
+    it.step()
+    del it.attempts[it.under_way()]
+    it.step()
+
+
 WAYS = {
     **{fault: lambda it, fault=fault: it.end(failed(fault)) for fault in FaultClass if fault != FaultClass.CAPACITY},
     "its outcome is lost": lose_the_outcome,
     "no pod is left to ask": lambda it: it.see(state=AttemptState.FAILED),
+    "it is removed from outside": vanish,
     "its start is refused": lambda it: it.refuse(REFUSED),
     "a container never starts": never_start,
 }
@@ -97,6 +104,20 @@ def test_an_outcome_that_is_lost_is_waited_for_once_and_not_for_ever():
     assert it.started() == [("corpus", 2)]
     status = it.status("corpus")
     assert (status.infra_restarts, status.reason, status.outcome_due_at) == (1, "OutcomeLost", None)
+
+
+@pytest.mark.parametrize("state", AttemptState)
+def test_another_job_of_the_same_name_neither_fails_nor_finishes_a_stage(state):
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 1})
+    it.step()
+    said = {AttemptState.SUCCEEDED: succeeded("theirs"), AttemptState.FAILED: failed(FaultClass.USER)}
+    it.see(uid="of-another", state=state, outcome=said.get(state))
+    assert it.status("corpus").reason == "Vanished"
+    assert it.status("corpus").artifact is None
+    if state not in said:
+        assert [key.uid for key in it.last.stop] == ["of-another"]
+        it.end(failed(FaultClass.USER))
+    assert (it.started(), it.run.status.restarts) == ([("corpus", 2)], 1)
 
 
 @pytest.mark.parametrize("again", [failed(FaultClass.PROCESS), failed(FaultClass.USER), succeeded(digest=None)])

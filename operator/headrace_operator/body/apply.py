@@ -14,12 +14,12 @@ from headrace_api.contract import ResolvedStage
 from headrace_api.runtime import TrainingRuntime
 from headrace_api.stages import RunsAs
 from headrace_operator.body.build import Objects, build, owned
-from headrace_operator.body.build.names import DIGEST_ANNOTATION, attempt_name, service_name
+from headrace_operator.body.build.names import DIGEST_ANNOTATION
 from headrace_operator.body.caches import Cluster, RunKey
 from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, Raw, path, path_of
 from headrace_operator.body.outcomes import NameTaken
 from headrace_operator.body.queue import Retry
-from headrace_operator.body.records import deployment_record, job_record
+from headrace_operator.body.records import JobRecord, deployment_record, job_record
 from headrace_operator.body.runs import Runs, key_of
 from headrace_operator.brain.plan import AttemptKey, Event
 from headrace_operator.metrics import WRITES
@@ -55,15 +55,22 @@ class Writer:
             await self._start_job(resolved, runtime)
 
     async def _start_job(self, resolved: ResolvedStage, runtime: TrainingRuntime) -> None:
-        name = attempt_name(resolved.run, resolved.stage.name, resolved.attempt)
-        known = self._cluster.jobs.get(resolved.namespace, name)
-        if known is not None and known.uid in self._whole[_key(resolved)] and known.deleted_at is None:
+        known = self._known_job(resolved)
+        if known is not None and known.deleted_at is None and known.uid in self._whole[_key(resolved)]:
             return
         objects = build(resolved, runtime)
+        if known is not None and known.name != objects.workload["metadata"]["name"]:
+            return
         await self._ensure(objects.account, owner=resolved.run_uid)
         created = await self._ensure(objects.workload, owner=resolved.run_uid)
         self._cluster.jobs.put(job_record(created))
         await self._complete(resolved, objects, created)
+
+    def _known_job(self, resolved: ResolvedStage) -> JobRecord | None:
+        """The Job of an attempt: by what it says of itself, since another version may have named it otherwise."""
+        wanted = (resolved.stage.name, resolved.attempt, resolved.run_uid)
+        of_run = self._cluster.jobs.of_run(_key(resolved))
+        return next((j for j in of_run if (j.stage, j.attempt, j.owner) == wanted), None)
 
     async def _start_service(self, resolved: ResolvedStage, objects: Objects) -> None:
         """A Deployment is applied again when another one is wanted: another attempt, or a changed runtime."""
@@ -122,15 +129,13 @@ class Writer:
 
     async def stop(self, key: RunKey, attempt: AttemptKey, *, run_uid: str) -> None:
         """Delete an attempt's workload: its pods are told to save and exit, and everything else of it goes too."""
-        job_name = attempt_name(key.name, attempt.stage, attempt.number)
-        job = self._cluster.jobs.get(key.namespace, job_name)
-        deployment = self._cluster.deployments.get(key.namespace, service_name(key.name, attempt.stage))
-        for kind, known in (("Job", job), ("Deployment", deployment)):
-            if known is None or known.deleted_at is not None:
-                continue
-            if known.attempt == attempt.number and known.run_uid == run_uid:
-                WRITES.labels(verb="delete", kind=kind).inc()
-                await self._kube.delete(path(kind, namespace=key.namespace, name=known.name), uid=known.uid)
+        for kind, cache in (("Job", self._cluster.jobs), ("Deployment", self._cluster.deployments)):
+            for known in cache.of_run(key):
+                named = (known.stage, known.attempt) == (attempt.stage, attempt.number)
+                ours = known.owner == run_uid and attempt.uid in ("", known.uid)
+                if named and ours and known.deleted_at is None:
+                    WRITES.labels(verb="delete", kind=kind).inc()
+                    await self._kube.delete(path(kind, namespace=key.namespace, name=known.name), uid=known.uid)
 
     async def write_status(self, raw: Raw, status: dict[str, Any]) -> None:
         """Replace what the operator said of a run.

@@ -4,22 +4,14 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Generic, TypeVar
 
 from headrace_api.contract import Progress
-from headrace_api.faults import FaultClass, Outcome, classify
-from headrace_operator.body.build.service import endpoint
-from headrace_operator.body.outcomes import explain_failure, explain_success, last_words
+from headrace_operator.body.attempts import LOST_AFTER, attempts_of
 from headrace_operator.body.records import DeploymentRecord, JobRecord, PodRecord, Record
-from headrace_operator.brain.observed import Attempt, AttemptState, Held, Observed, Refusal
-
-_LOST_AFTER = timedelta(seconds=30)
-"""A pod that outlives the grace period of its deletion by this much is on a node that does not answer."""
-_SERVICE_RESTARTS = 3
-"""Restarts of a server after which bad configuration is believed to be that."""
+from headrace_operator.brain.observed import Observed, Refusal
 
 R = TypeVar("R", bound=Record)
 
@@ -108,25 +100,24 @@ class ProgressBook:
 
 
 class RefusalBook:
-    """Why attempts could not be started. Lost with the process: the next one tries for itself."""
+    """Why attempts could not be started, by the uid of their run. Lost with the process: the next one tries for itself."""
 
     def __init__(self) -> None:
-        self._refusals: dict[RunKey, dict[str, Refusal]] = {}
+        self._refusals: dict[str, dict[str, Refusal]] = {}
 
-    def put(self, key: RunKey, refusal: Refusal) -> bool:
-        """Remember a refusal, for each stage the newest; whether that is news."""
-        known = self._refusals.setdefault(key, {}).get(refusal.stage)
-        self._refusals[key][refusal.stage] = refusal
-        news = known is None or known.number != refusal.number
-        return news or known is None or known.outcome.reason != refusal.outcome.reason
+    def put(self, run_uid: str, refusal: Refusal) -> bool:
+        """Remember a refusal, for each stage the newest; whether it is another one than before."""
+        of_run = self._refusals.setdefault(run_uid, {})
+        known, of_run[refusal.stage] = of_run.get(refusal.stage), refusal
+        return known is None or (known.number, known.outcome.reason) != (refusal.number, refusal.outcome.reason)
 
-    def of_run(self, key: RunKey) -> tuple[Refusal, ...]:
+    def of_run(self, run_uid: str) -> tuple[Refusal, ...]:
         """The refusals of a run."""
-        return tuple(self._refusals.get(key, {}).values())
+        return tuple(self._refusals.get(run_uid, {}).values())
 
-    def forget(self, key: RunKey) -> None:
+    def forget(self, run_uid: str) -> None:
         """Forget a run."""
-        self._refusals.pop(key, None)
+        self._refusals.pop(run_uid, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,133 +132,21 @@ class Cluster:
 
     def observe(self, key: RunKey, *, run_uid: str, now: datetime) -> Observed:
         """The attempts of a run; objects of an earlier run of the same name are not its."""
-        jobs = _by_attempt(self.jobs.of_run(key), run_uid)
-        deployments = _by_attempt(self.deployments.of_run(key), run_uid)
-        pods = _by_attempt(self.pods.of_run(key), run_uid)
-        attempts = [
-            _attempt(
-                found,
-                job=next(iter(jobs.get(found, ())), None),
-                deployment=next(iter(deployments.get(found, ())), None),
-                pods=pods.get(found, []),
-                report=self.progress.get(key, *found),
-                now=now,
-            )
-            for found in sorted({*jobs, *deployments, *pods})
-        ]
-        known = tuple(a for a in attempts if a is not None)
-        return Observed(now=now, attempts=known, refusals=self.refusals.of_run(key))
+        attempts = attempts_of(
+            jobs=self.jobs.of_run(key),
+            deployments=self.deployments.of_run(key),
+            pods=self.pods.of_run(key),
+            report=lambda stage, number: self.progress.get(key, stage, number),
+            run_uid=run_uid,
+            now=now,
+        )
+        return Observed(now=now, attempts=attempts, refusals=self.refusals.of_run(run_uid))
 
     def seconds_to_loss(self, key: RunKey, *, now: datetime) -> float | None:
         """When the next pod that will not end is to be given up; nothing else would wake the run for it."""
         waits = [
-            (pod.deleted_at + _LOST_AFTER - now).total_seconds()
+            (pod.deleted_at + LOST_AFTER - now).total_seconds()
             for pod in self.pods.of_run(key)
             if pod.deleted_at is not None and not pod.ended
         ]
         return max(1.0, min(waits)) if (waits := [w for w in waits if w > 0]) else None
-
-
-def _by_attempt(records: Iterable[R], run_uid: str) -> dict[tuple[str, int], list[R]]:
-    found: dict[tuple[str, int], list[R]] = defaultdict(list)
-    for record in records:
-        if record.run_uid == run_uid:
-            found[record.stage, record.attempt].append(record)
-    return dict(found)
-
-
-def _attempt(
-    key: tuple[str, int],
-    *,
-    job: JobRecord | None,
-    deployment: DeploymentRecord | None,
-    pods: Sequence[PodRecord],
-    report: Progress | None,
-    now: datetime,
-) -> Attempt | None:
-    """One attempt; None where only the remains of a lost pod are left."""
-    stage, number = key
-    live = [pod for pod in pods if not pod.ended and not is_lost(pod, now=now)]
-    if deployment is not None:
-        state, outcome = service_state(deployment, pods)
-        report = _service_report(deployment, report)
-    elif job is None and not live and not any(pod.ended for pod in pods):
-        return None
-    else:
-        state, outcome = job_state(job, pods, live)
-    hashes = [record.hash for record in (job, deployment, *pods) if record is not None]
-    return Attempt(
-        stage=stage,
-        number=number,
-        hash=hashes[0],
-        state=state,
-        outcome=outcome,
-        progress=report,
-        held=held(pods) if state is AttemptState.PENDING else None,
-    )
-
-
-def held(pods: Sequence[PodRecord]) -> Held | None:
-    """What holds an attempt back: rather a pod that may never start than one that waits for a node."""
-    found = [pod.held for pod in sorted(pods, key=lambda p: p.index) if pod.held is not None]
-    return min(found, key=lambda h: h.since is None, default=None)
-
-
-def is_lost(pod: PodRecord, *, now: datetime) -> bool:
-    """Whether a pod was to be gone by now, and nobody can say whether it is."""
-    return pod.deleted_at is not None and now > pod.deleted_at + _LOST_AFTER
-
-
-def job_state(
-    job: JobRecord | None, pods: Sequence[PodRecord], live: Sequence[PodRecord]
-) -> tuple[AttemptState, Outcome | None]:
-    """Where a task's or a gang's attempt is.
-
-    Args:
-        job: its Job; None once that is deleted.
-        pods: its pods that still have an object.
-        live: those of them that may still do something.
-    """
-    removed = job is None or job.deleted_at is not None
-    failing = (job is not None and job.failed) or any(pod.phase == "Failed" for pod in pods)
-    if live and (removed or failing or any(pod.deleted_at is not None for pod in pods)):
-        return AttemptState.STOPPING, None
-    if failing or (job is not None and any(is_gone(pod) for pod in pods)):
-        return AttemptState.FAILED, explain_failure(pods) or classify(None, pod_reason=job.reason if job else "")
-    if (job is not None and job.complete) or (removed and pods):
-        return AttemptState.SUCCEEDED, explain_success(pods)
-    if job is None or job.deleted_at is not None:
-        return AttemptState.STOPPING, None
-    started = sum(pod.phase in ("Running", "Succeeded") for pod in pods)
-    return (AttemptState.RUNNING if started >= job.size else AttemptState.PENDING), None
-
-
-def is_gone(pod: PodRecord) -> bool:
-    """Whether a pod was deleted before it ended: all such pods that are not live are lost ones."""
-    return pod.deleted_at is not None and not pod.ended
-
-
-def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tuple[AttemptState, Outcome | None]:
-    """Where a service's attempt is: it fails if its server says that it never can start, or by its deadline."""
-    if deployment.deleted_at is not None:
-        return AttemptState.STOPPING, None
-    if deployment.available_since is not None:
-        return AttemptState.RUNNING, None
-    ends = [outcome for pod in pods if pod.restarts >= _SERVICE_RESTARTS and (outcome := last_words(pod)) is not None]
-    hopeless = next((outcome for outcome in ends if outcome.fault is FaultClass.USER), None)
-    if hopeless is not None:
-        return AttemptState.FAILED, hopeless
-    if deployment.stuck:
-        late = Outcome(fault=FaultClass.PROCESS, reason="ProgressDeadlineExceeded", message=deployment.stuck)
-        return AttemptState.FAILED, explain_failure(pods) or late
-    return AttemptState.PENDING, None
-
-
-def _service_report(deployment: DeploymentRecord, report: Progress | None) -> Progress | None:
-    """A service has an endpoint while its Deployment is available, whatever its pods report."""
-    since, stage = deployment.available_since, deployment.stage
-    if since is None:
-        return report.model_copy(update={"endpoint": None}) if report is not None else None
-    address = endpoint(deployment.run, stage, namespace=deployment.namespace, port=deployment.port)
-    base = report or Progress(stage=stage, attempt=deployment.attempt, unit="replicas", time=since)
-    return base.model_copy(update={"phase": "Serving", "endpoint": address})

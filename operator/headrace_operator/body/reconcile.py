@@ -61,9 +61,10 @@ class Reconciler:
 
     def forget(self, key: RunKey) -> None:
         """Forget a run that is gone."""
+        if (known := self.runs.get(key)) is not None:
+            self.cluster.refusals.forget(known["metadata"]["uid"])
         self.runs.drop(key)
         self.cluster.progress.forget(key)
-        self.cluster.refusals.forget(key)
         self.writer.forget(key)
         self._written.pop(key, None)
         self._complaints.pop(key, None)
@@ -100,9 +101,9 @@ class Reconciler:
                 if outcome is None:
                     raise
                 refusal = Refusal(stage=resolved.stage.name, number=resolved.attempt, outcome=outcome)
-                return _REFUSED_SECONDS if self.cluster.refusals.put(key, refusal) else None
+                return _REFUSED_SECONDS if self.cluster.refusals.put(resolved.run_uid, refusal) else None
         self._complaints.pop(key, None)
-        self.cluster.refusals.forget(key)
+        self.cluster.refusals.forget(raw["metadata"]["uid"])
         return None
 
     async def _complain(self, key: RunKey, raw: Raw, message: str) -> None:

@@ -22,6 +22,8 @@ from headrace_operator.brain.observed import Held
 
 Raw = dict[str, Any]
 
+_TEMPLATE_HASH_LABEL = "pod-template-hash"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -37,6 +39,8 @@ class Record:
     stage: str
     attempt: int
     hash: str
+    owner: str
+    """uid of its controller; empty if it has none, and for a pod that neither a Job nor a Deployment made."""
     deleted_at: datetime | None
     """When the grace period of its deletion ends; None while it is not being deleted."""
 
@@ -73,6 +77,8 @@ class PodRecord(Record):
 
     index: int
     """JOB_COMPLETION_INDEX; 0 for a service's pods."""
+    deployment: str
+    """The name of the Deployment whose ReplicaSet made it; empty for the pods of a Job."""
     phase: str
     node: str | None
     disruption: str
@@ -127,9 +133,12 @@ def pod_record(raw: Raw) -> PodRecord:
     container = _trainer(status.get("containerStatuses", []))
     state = container.get("state", {})
     ended = state.get("terminated") or container.get("lastState", {}).get("terminated") or {}
+    deployment = _deployment_of(raw["metadata"])
+    made = bool(deployment) or _controller(raw["metadata"]).get("kind") == "Job"
     return PodRecord(
-        **_common(raw),
+        **{**_common(raw), **({} if made else {"owner": ""})},
         index=int(raw["metadata"]["labels"].get(INDEX_LABEL, 0)),
+        deployment=deployment,
         phase=status.get("phase", "Pending"),
         node=raw["spec"].get("nodeName"),
         disruption=_disruption(raw, ended),
@@ -154,8 +163,20 @@ def _common(raw: Raw) -> dict[str, Any]:
         "stage": labels[STAGE_LABEL],
         "attempt": int(labels[ATTEMPT_LABEL]),
         "hash": meta.get("annotations", {}).get(HASH_ANNOTATION, ""),
+        "owner": _controller(meta).get("uid", ""),
         "deleted_at": _time(meta.get("deletionTimestamp")),
     }
+
+
+def _controller(meta: Raw) -> Raw:
+    return next((o for o in meta.get("ownerReferences", []) if o.get("controller")), {})
+
+
+def _deployment_of(meta: Raw) -> str:
+    """A Deployment calls a ReplicaSet after itself and the hash that it labels the pods with."""
+    owner, tail = _controller(meta), f"-{meta['labels'].get(_TEMPLATE_HASH_LABEL, '')}"
+    named = owner.get("kind") == "ReplicaSet" and owner["name"].endswith(tail)
+    return str(owner["name"].removesuffix(tail)) if named else ""
 
 
 def _true_conditions(raw: Raw) -> dict[str, Raw]:

@@ -58,6 +58,8 @@ class Attempt:
     hash: str
     """The stage_hash that it was started for."""
     state: AttemptState
+    uid: str = ""
+    """Of its Job or Deployment: an attempt with another one is another, whatever its number. Empty if unknown."""
     outcome: Outcome | None = None
     """What it said at its end; None while it runs, where that was lost, and until it is seen."""
     progress: Progress | None = None

@@ -25,6 +25,8 @@ class AttemptKey:
 
     stage: str
     number: int
+    uid: str = ""
+    """Of its Job or Deployment; empty if any will do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,7 @@ def plan(run: TrainingRun, observed: Observed) -> Plan:
     strangers = _keys(a for a in observed.attempts if a.stage not in known)
     return Plan(
         start=tuple(s.start for s in stages if s.start is not None),
-        stop=strangers
-        + tuple(AttemptKey(stage=s.status.name, number=n) for s in stages for n in s.stop)
-        + _old(observed),
+        stop=strangers + _keys(a for s in stages for a in s.stop) + _old(observed),
         status=report(run, observed, statuses, notes={s.status.name: s.note for s in stages}),
         events=tuple(e for before, after in zip(_prior(run), statuses, strict=True) for e in _events(before, after)),
         requeue_after_seconds=_first(s.requeue_after_seconds for s in stages),
@@ -99,7 +99,7 @@ def _prior(run: TrainingRun) -> list[StageStatus]:
 
 
 def _keys(attempts: Iterable[Attempt]) -> tuple[AttemptKey, ...]:
-    return tuple(AttemptKey(stage=a.stage, number=a.number) for a in attempts)
+    return tuple(AttemptKey(stage=a.stage, number=a.number, uid=a.uid) for a in attempts)
 
 
 def _old(observed: Observed) -> tuple[AttemptKey, ...]:

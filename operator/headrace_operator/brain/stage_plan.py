@@ -35,7 +35,7 @@ _OUTCOME_LOST = Outcome(
     reason="OutcomeLost",
     message="the attempt succeeded, and what it left was not said; the next one looks for that in storage",
 )
-_VANISHED = Outcome(fault=FaultClass.POD, reason="Vanished", message="no pod is left to ask")
+_VANISHED = Outcome(fault=FaultClass.POD, reason="Vanished", message="the attempt is gone, and no pod is left to ask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class StagePlan:
     done: bool = False
     """Whether the next stage may begin."""
     start: ResolvedStage | None = None
-    stop: tuple[int, ...] = ()
+    stop: tuple[Attempt, ...] = ()
     requeue_after_seconds: float | None = None
     note: str = ""
     """What it waits for, for people; empty where the ranks' own report says more."""
@@ -90,7 +90,7 @@ def plan_stage(
 
 def _wait(before: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
     """A stage before this one is not done (any more): nothing of this one may run."""
-    live = tuple(a.number for a in attempts if a.state in LIVE)
+    live = tuple(a for a in attempts if a.state in LIVE)
     if live and before.state in (StageState.RUNNING, StageState.STOPPING):
         before = _settled(before, state=StageState.STOPPING)
     return StagePlan(status=before, stop=live)
@@ -124,10 +124,10 @@ class _Stage:
         """Whether it is a server, which does not end by itself."""
         return self.stage.config.RUNS_AS is RunsAs.SERVICE
 
-    def live(self, *, besides: Attempt | None = None, failed: bool = False) -> tuple[int, ...]:
-        """The numbers of attempts that hold machines."""
+    def live(self, *, besides: Attempt | None = None, failed: bool = False) -> tuple[Attempt, ...]:
+        """The attempts that hold machines."""
         states = LIVE | {AttemptState.FAILED} if failed else LIVE
-        return tuple(a.number for a in self.attempts if a.state in states and a != besides)
+        return tuple(a for a in self.attempts if a.state in states and a != besides)
 
     def suspend(self, status: StageStatus) -> StagePlan:
         """Stop after a checkpoint; a failed stage gets its budgets back, so that resuming tries again."""
@@ -146,6 +146,10 @@ class _Stage:
         if done is not None:
             return done
         current = self._newest(status) if _follows(status) else None
+        if current is not None and current.uid:
+            status = _with(status, workload=current.uid)
+        elif current is None and _follows(status) and status.workload is not None:
+            return self._charge(status, _VANISHED)
         strays = self.live(besides=current)
         if strays:
             return self._stop(status, strays)
@@ -163,13 +167,14 @@ class _Stage:
         return self._charge(status, current.outcome or _VANISHED)
 
     def _newest(self, status: StageStatus) -> Attempt | None:
-        """The newest attempt, if it was started for this hash."""
-        return next((a for a in self.attempts if a.number == status.attempt and a.hash == self.hash), None)
+        """The newest attempt, if it was started for this hash, and is the one that was seen before."""
+        same = (a for a in self.attempts if a.number == status.attempt and a.hash == self.hash)
+        return next((a for a in same if status.workload in (None, a.uid) or not a.uid), None)
 
-    def _stop(self, status: StageStatus, numbers: tuple[int, ...]) -> StagePlan:
+    def _stop(self, status: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
         """Wait for attempts to end, having asked them to if that has not happened by itself."""
         status = _with(status, state=StageState.STOPPING)
-        return StagePlan(status=status, stop=numbers, requeue_after_seconds=_POLL_SECONDS)
+        return StagePlan(status=status, stop=attempts, requeue_after_seconds=_POLL_SECONDS)
 
     def _without_attempt(self, status: StageStatus, refusal: Outcome | None) -> StagePlan:
         now = self.observed.now
@@ -179,7 +184,7 @@ class _Stage:
             note = f"Restarting: {status.reason}: {status.message}"
             return StagePlan(status=_with(status, retry_at=due), requeue_after_seconds=_seconds(now, due), note=note)
         if _follows(status) and all(a.number != status.attempt for a in self.attempts):
-            return self._start(status, number=status.attempt, refusal=refusal)  # nobody has seen it: the same goes on
+            return self._start(status, number=status.attempt, refusal=refusal)  # it was never seen: it is made now
         newest = max([status.attempt, *(a.number for a in self.attempts)])
         return self._start(status, number=newest + 1)
 
@@ -189,6 +194,7 @@ class _Stage:
             status,
             state=StageState.RUNNING,
             attempt=number,
+            workload=None,
             started_at=started,
             finished_at=None,
             retry_at=None,

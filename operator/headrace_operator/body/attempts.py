@@ -1,0 +1,176 @@
+"""What Kubernetes' records say of a run's attempts. Pure.
+
+In: the records of a run's Jobs, Deployments and pods. Out: ``Attempt`` values for the planner. A pod belongs to the Job
+or Deployment that made it, which its owner tells: labels are copied, as ``kubectl debug --keep-labels`` does.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from headrace_api.contract import Progress
+from headrace_api.faults import FaultClass, Outcome, classify
+from headrace_operator.body.build.service import endpoint
+from headrace_operator.body.outcomes import explain_failure, explain_success, last_words
+from headrace_operator.body.records import DeploymentRecord, JobRecord, PodRecord
+from headrace_operator.brain.observed import Attempt, AttemptState, Held
+
+LOST_AFTER = timedelta(seconds=30)
+"""A pod that outlives the grace period of its deletion by this much is on a node that does not answer."""
+_SERVICE_RESTARTS = 3
+"""Restarts of a server after which bad configuration is believed to be that."""
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The objects of one attempt."""
+
+    stage: str
+    number: int
+    uid: str
+    """Of its Job or Deployment; empty for the pods of a Deployment that is gone, or at another attempt by now."""
+    job: JobRecord | None = None
+    deployment: DeploymentRecord | None = None
+    pods: list[PodRecord] = field(default_factory=list)
+
+
+def attempts_of(
+    *,
+    jobs: Iterable[JobRecord],
+    deployments: Iterable[DeploymentRecord],
+    pods: Iterable[PodRecord],
+    report: Callable[[str, int], Progress | None],
+    run_uid: str,
+    now: datetime,
+) -> tuple[Attempt, ...]:
+    """The attempts of a run.
+
+    Args:
+        jobs: that carry its name.
+        deployments: that do.
+        pods: that do.
+        report: the newest report of a stage's attempt.
+        run_uid: objects of an earlier run of the same name are not its, nor are those that something else owns.
+        now: the time.
+    """
+    parts = _sorted_out(tuple(jobs), tuple(deployments), pods, run_uid=run_uid)
+    found = (_attempt(p, report(p.stage, p.number), now=now) for p in parts)
+    return tuple(a for a in found if a is not None)
+
+
+def _sorted_out(
+    jobs: Sequence[JobRecord], deployments: Sequence[DeploymentRecord], pods: Iterable[PodRecord], *, run_uid: str
+) -> Iterator[Parts]:
+    """Each pod with the Job or Deployment that made it."""
+    found: dict[tuple[str, int, str], Parts] = {}
+
+    def of(record: JobRecord | DeploymentRecord | PodRecord, uid: str) -> Parts:
+        parts = Parts(stage=record.stage, number=record.attempt, uid=uid)
+        return found.setdefault((record.stage, record.attempt, uid), parts)
+
+    strange = {j.uid for j in jobs if j.owner != run_uid}
+    by_name = {d.name: d for d in deployments if d.owner == run_uid}
+    for job in jobs:
+        if job.uid not in strange:
+            of(job, job.uid).job = job
+    for deployment in by_name.values():
+        of(deployment, deployment.uid).deployment = deployment
+    for pod in pods:
+        if pod.run_uid != run_uid or not pod.owner or pod.owner in strange:
+            continue
+        if not pod.deployment:
+            of(pod, pod.owner).pods.append(pod)
+        elif pod.deployment in by_name or not any(d.name == pod.deployment for d in deployments):
+            current = by_name.get(pod.deployment)
+            of(pod, current.uid if current is not None and current.attempt == pod.attempt else "").pods.append(pod)
+    return iter([found[key] for key in sorted(found)])
+
+
+def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt | None:
+    """One attempt; None where only the remains of a lost pod are left."""
+    job, deployment, pods = parts.job, parts.deployment, parts.pods
+    live = [pod for pod in pods if not pod.ended and not is_lost(pod, now=now)]
+    if deployment is not None:
+        state, outcome = service_state(deployment, pods)
+        report = _service_report(deployment, report)
+    elif job is None and not live and not any(pod.ended for pod in pods):
+        return None
+    else:
+        state, outcome = job_state(job, pods, live)
+    hashes = [record.hash for record in (job, deployment, *pods) if record is not None]
+    return Attempt(
+        stage=parts.stage,
+        number=parts.number,
+        uid=parts.uid,
+        hash=hashes[0],
+        state=state,
+        outcome=outcome,
+        progress=report,
+        held=held(pods) if state is AttemptState.PENDING else None,
+    )
+
+
+def held(pods: Sequence[PodRecord]) -> Held | None:
+    """What holds an attempt back: rather a pod that may never start than one that waits for a node."""
+    found = [pod.held for pod in sorted(pods, key=lambda p: p.index) if pod.held is not None]
+    return min(found, key=lambda h: h.since is None, default=None)
+
+
+def is_lost(pod: PodRecord, *, now: datetime) -> bool:
+    """Whether a pod was to be gone by now, and nobody can say whether it is."""
+    return pod.deleted_at is not None and now > pod.deleted_at + LOST_AFTER
+
+
+def job_state(
+    job: JobRecord | None, pods: Sequence[PodRecord], live: Sequence[PodRecord]
+) -> tuple[AttemptState, Outcome | None]:
+    """Where a task's or a gang's attempt is.
+
+    Args:
+        job: its Job; None once that is deleted.
+        pods: its pods that still have an object.
+        live: those of them that may still do something.
+    """
+    removed = job is None or job.deleted_at is not None
+    failing = (job is not None and job.failed) or any(pod.phase == "Failed" for pod in pods)
+    if live and (removed or failing or any(pod.deleted_at is not None for pod in pods)):
+        return AttemptState.STOPPING, None
+    if failing or (job is not None and any(is_gone(pod) for pod in pods)):
+        return AttemptState.FAILED, explain_failure(pods) or classify(None, pod_reason=job.reason if job else "")
+    if (job is not None and job.complete) or (removed and pods):
+        return AttemptState.SUCCEEDED, explain_success(pods)
+    if job is None or job.deleted_at is not None:
+        return AttemptState.STOPPING, None
+    started = len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")})
+    return (AttemptState.RUNNING if started >= job.size else AttemptState.PENDING), None
+
+
+def is_gone(pod: PodRecord) -> bool:
+    """Whether a pod was deleted before it ended: all such pods that are not live are lost ones."""
+    return pod.deleted_at is not None and not pod.ended
+
+
+def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tuple[AttemptState, Outcome | None]:
+    """Where a service's attempt is: it fails if its server says that it never can start, or by its deadline."""
+    if deployment.deleted_at is not None:
+        return AttemptState.STOPPING, None
+    if deployment.available_since is not None:
+        return AttemptState.RUNNING, None
+    ends = [outcome for pod in pods if pod.restarts >= _SERVICE_RESTARTS and (outcome := last_words(pod)) is not None]
+    hopeless = next((outcome for outcome in ends if outcome.fault is FaultClass.USER), None)
+    if hopeless is not None:
+        return AttemptState.FAILED, hopeless
+    if deployment.stuck:
+        late = Outcome(fault=FaultClass.PROCESS, reason="ProgressDeadlineExceeded", message=deployment.stuck)
+        return AttemptState.FAILED, explain_failure(pods) or late
+    return AttemptState.PENDING, None
+
+
+def _service_report(deployment: DeploymentRecord, report: Progress | None) -> Progress | None:
+    """A service has an endpoint while its Deployment is available, whatever its pods report."""
+    since, stage = deployment.available_since, deployment.stage
+    if since is None:
+        return report.model_copy(update={"endpoint": None}) if report is not None else None
+    address = endpoint(deployment.run, stage, namespace=deployment.namespace, port=deployment.port)
+    base = report or Progress(stage=stage, attempt=deployment.attempt, unit="replicas", time=since)
+    return base.model_copy(update={"phase": "Serving", "endpoint": address})
