@@ -76,7 +76,9 @@ class Artifact(Spec):
 
 
 class ArtifactRef(Spec):
-    """An artifact by its address and digest."""
+    """An artifact by its address and digest; a part of statuses, which keep what a newer operator left."""
+
+    model_config = Spec.model_config | {"extra": "allow"}
 
     uri: Uri
     """uri is the folder of the stage that made it."""

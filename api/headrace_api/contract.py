@@ -15,6 +15,8 @@ from headrace_api.run import Stage, Storage
 STAGE_FILE = "stage.json"
 TOKEN_AUDIENCE = "headrace-progress"
 PROGRESS_PATH = "/v1/progress"
+STARTING_PHASE = "Starting"
+"""What a rank reports until it has joined the others."""
 _MAX_COUNT = 2**63 - 1
 
 
@@ -65,8 +67,8 @@ class Progress(Spec):
     """stage is the name of the stage."""
     attempt: int
     """attempt counts from 1."""
-    phase: str = Field("Starting", max_length=32)
-    """phase is what the ranks do now: Starting, Loading, Running, Saving, Evaluating, Serving or Stopping."""
+    phase: str = Field(STARTING_PHASE, max_length=32)
+    """phase is what the ranks do now: Starting, until they have joined, then Loading, Running, Saving, Evaluating, Serving or Stopping."""
     done: int = Field(0, ge=0, le=_MAX_COUNT)
     """done counts finished units."""
     total: int | None = Field(None, ge=0, le=_MAX_COUNT)
@@ -98,6 +100,11 @@ class ProgressReport(Spec):
     """run is the run's name."""
     progress: Progress
     """progress is the newest heartbeat."""
+
+
+def service_name(run: str, stage: str) -> str:
+    """The Service of a deployed model, which is its host name too. No part has two hyphens in a row, so none collide."""
+    return f"{run}--{stage}"
 
 
 def join_uri(base: str, *parts: str) -> str:

@@ -94,9 +94,13 @@ _RULES: dict[str, list[Schema]] = {
 
 _ROOT_RULES = [
     _rule(
+        "!self.metadata.name.contains('--')",
+        "metadata.name has two hyphens in a row, which join names; use one of them",
+    ),
+    _rule(
         f"self.spec.stages.all(s, size(s.name) + size(self.metadata.name) <= {MAX_NAMES})",
         f"the run's name and a stage's name have more than {MAX_NAMES} characters together, too many for a pod's host name",
-    )
+    ),
 ]
 
 

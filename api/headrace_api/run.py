@@ -4,11 +4,12 @@
 keeps in ``status.json``.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from headrace_api.artifact import ArtifactRef
 from headrace_api.base import FieldError, Name, Quantity, Spec, Uri
@@ -28,6 +29,9 @@ from headrace_api.stages import (
 
 MAX_NAMES = 48
 """Run and stage name together: an attempt adds two numbers, and a pod's host name has 63 characters."""
+
+PartName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$", max_length=40)]
+"""A name that is put together with others by two hyphens, and so has no two in a row: what is put together says what of."""
 
 
 class SecretRef(Spec):
@@ -89,7 +93,7 @@ class RestartPolicy(Spec):
 class Stage(Spec):
     """A name, the machines, and exactly one typed block."""
 
-    name: Name
+    name: PartName
     """name is unique in the run; later stages refer to it, and it names the folder in storage."""
     compute: Compute = Field(default_factory=Compute)
     """compute is the machines of this stage."""
@@ -199,18 +203,50 @@ def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str
         )
 
 
+class StatusPart(Spec):
+    """A block of a status, as any version of the operator may have left it.
+
+    Fields that this version does not know are kept, and written back as they were: a newer operator that was rolled back
+    finds them again. A field that does not parse counts as unset, since a status must never stop a run.
+    """
+
+    model_config = Spec.model_config | {"extra": "allow"}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _without_what_does_not_parse(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            bad = {e["loc"][0] for e in error.errors() if e["loc"]}
+            if not isinstance(value, Mapping) or not bad & value.keys():
+                raise
+            return handler({k: v for k, v in value.items() if k not in bad})
+
+
 class StageState(StrEnum):
     """Where a stage is."""
 
     PENDING = "Pending"
+    """It has no attempt: its turn has not come, or its next attempt waits."""
+    WAITING = "Waiting"
+    """Something outside holds its attempt back: no node has room, a quota is used up, an image cannot be pulled."""
+    STARTING = "Starting"
+    """Not all pods of its attempt run yet, or their ranks have not joined."""
     RUNNING = "Running"
+    """Every pod runs, and the ranks have joined."""
     STOPPING = "Stopping"
     SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 
+    @classmethod
+    def _missing_(cls, value: object) -> "StageState":
+        """A state of a newer operator's: the planner follows the attempt, and finds the state out again."""
+        return cls.RUNNING
 
-class StageStatus(Spec):
+
+class StageStatus(StatusPart):
     """One stage, as it is now."""
 
     name: str
@@ -263,12 +299,16 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
 
 
-class Condition(Spec):
+def _known_type(value: str) -> str:
+    return ConditionType(value) if value in set(ConditionType) else value
+
+
+class Condition(StatusPart):
     """A Kubernetes condition."""
 
-    type: ConditionType
-    """type names the condition."""
-    status: Literal["True", "False"]
+    type: Annotated[str, AfterValidator(_known_type)]
+    """type names the condition: Complete, Failed or Suspended."""
+    status: Literal["True", "False", "Unknown"]
     """status says whether it holds."""
     reason: str
     """reason is one CamelCase word."""
@@ -278,7 +318,7 @@ class Condition(Spec):
     """lastTransitionTime is when status last changed."""
 
 
-class CheckpointStatus(Spec):
+class CheckpointStatus(StatusPart):
     """The newest committed checkpoint of the running stage."""
 
     step: int
@@ -289,7 +329,7 @@ class CheckpointStatus(Spec):
     """time is when it was committed."""
 
 
-class RunStatus(Spec):
+class RunStatus(StatusPart):
     """What is known of a run. The columns of ``kubectl get`` are fields of their own."""
 
     conditions: list[Condition] = []
@@ -297,7 +337,7 @@ class RunStatus(Spec):
     observed_generation: int | None = None
     """observedGeneration is the generation of the spec that this status is about."""
     summary: str | None = None
-    """summary is the STATUS column: Pending, Running, Restarting, Stopping, Suspended, Complete or Failed."""
+    """summary is the STATUS column: Pending, Waiting, Starting, Running, Restarting, Stopping, Suspended, Complete or Failed."""
     stage: str | None = None
     """stage is the name of the stage that is under way."""
     step: str | None = None
@@ -313,7 +353,7 @@ class RunStatus(Spec):
     eta: str | None = None
     """eta is the time that the running stage still needs."""
     phase_message: str | None = None
-    """phaseMessage is one line about what the ranks do now."""
+    """phaseMessage is one line about what the ranks do now, or what is waited for."""
     checkpoint: CheckpointStatus | None = None
     """checkpoint is the newest committed checkpoint of the running stage."""
     endpoint: str | None = None
@@ -359,6 +399,10 @@ class TrainingRun(Spec):
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
+        if "--" in self.metadata.name:
+            raise FieldError(
+                "metadata.name", self.metadata.name, "has two hyphens in a row, which join names; use one of them"
+            )
         for i, stage in enumerate(self.spec.stages):
             if len(self.metadata.name) + len(stage.name) > MAX_NAMES:
                 raise FieldError(

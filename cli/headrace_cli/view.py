@@ -16,6 +16,8 @@ from headrace_operator.brain.report import people_count, people_time
 _PLAIN_SECONDS = 10.0
 _MARKS = {
     StageState.PENDING: "[dim]·[/]",
+    StageState.WAITING: "[yellow]·[/]",
+    StageState.STARTING: "[dim]▶[/]",
     StageState.RUNNING: "[cyan]▶[/]",
     StageState.STOPPING: "[yellow]■[/]",
     StageState.SUSPENDED: "[yellow]‖[/]",

@@ -23,7 +23,7 @@ def test_the_quickstart_goes_from_apply_to_complete_while_the_operator_is_killed
 ) -> None:
     runs.cluster.apply(runs.manifest("quickstart", *DATA, "base", "eval", "ship", "serve"))
     runs.cluster.wait(lambda: runs.step("quickstart", "base") >= 1, "the first step", timeout_seconds=300)
-    job = runs.cluster.get("job", "quickstart-base-1", "-n", runs.namespace)["metadata"]["uid"]
+    job = runs.cluster.get("job", "quickstart--base--1", "-n", runs.namespace)["metadata"]["uid"]
     nodes = {p["spec"]["nodeName"] for p in runs.pods("quickstart", "base")}
     assert len(nodes) == 2, "two pods, each on a node of its own"
     before = operator.restarts()
@@ -35,7 +35,7 @@ def test_the_quickstart_goes_from_apply_to_complete_while_the_operator_is_killed
         (name, "Succeeded", 1) for name in (*DATA, "base", "eval", "ship", "serve")
     ]
     assert status["restarts"] == 0
-    assert runs.cluster.get("job", "quickstart-base-1", "-n", runs.namespace)["metadata"]["uid"] == job
+    assert runs.cluster.get("job", "quickstart--base--1", "-n", runs.namespace)["metadata"]["uid"] == job
     assert len(runs.losses("base")) == 40
 
 
@@ -65,10 +65,10 @@ def test_the_columns_tell_how_a_run_is(runs: Runs) -> None:
 
 
 def test_the_served_model_answers(runs: Runs) -> None:
-    assert runs.get("quickstart")["status"]["endpoint"] == f"http://quickstart-serve.{runs.namespace}.svc:8000"
-    model = json.loads(_ask(runs, "GET", "services/quickstart-serve:8000/proxy/v1/models"))["data"][0]["id"]
+    assert runs.get("quickstart")["status"]["endpoint"] == f"http://quickstart--serve.{runs.namespace}.svc:8000"
+    model = json.loads(_ask(runs, "GET", "services/quickstart--serve:8000/proxy/v1/models"))["data"][0]["id"]
     body = {"model": model, "prompt": "The function", "max_tokens": 8, "temperature": 0}
-    answer = json.loads(_ask(runs, "POST", "services/quickstart-serve:8000/proxy/v1/completions", body))
+    answer = json.loads(_ask(runs, "POST", "services/quickstart--serve:8000/proxy/v1/completions", body))
     assert answer["choices"][0]["text"]
 
 

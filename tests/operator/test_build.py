@@ -52,7 +52,7 @@ def env_of(workload: Json) -> dict[str, Any]:
 
 def test_a_gang_is_an_indexed_job_that_never_retries_by_itself() -> None:
     job = build(resolve(compute={"nodes": 4, "ranksPerNode": 2}), runtime()).workload
-    assert job["kind"] == "Job" and job["metadata"]["name"] == "demo-base-3"
+    assert job["kind"] == "Job" and job["metadata"]["name"] == "demo--base--3"
     spec = {k: v for k, v in job["spec"].items() if k != "template"}
     assert spec == {
         "completionMode": "Indexed",
@@ -69,8 +69,8 @@ def test_pods_find_the_first_of_them_through_the_headless_service() -> None:
     service = next(o for o in objects.dependents if o["kind"] == "Service")
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
     assert service["spec"]["selector"].items() <= objects.workload["spec"]["template"]["metadata"]["labels"].items()
-    assert pod_of(objects.workload)["subdomain"] == service["metadata"]["name"] == "demo-base-3"
-    assert env_of(objects.workload)["HEADRACE_MASTER_ADDR"] == "demo-base-3-0.demo-base-3.team.svc"
+    assert pod_of(objects.workload)["subdomain"] == service["metadata"]["name"] == "demo--base--3"
+    assert env_of(objects.workload)["HEADRACE_MASTER_ADDR"] == "demo--base--3-0.demo--base--3.team.svc"
 
 
 def test_the_config_map_holds_the_stage_as_the_trainer_parses_it() -> None:
@@ -156,7 +156,7 @@ def test_a_runtime_adds_and_overrides_but_does_not_break_the_contract() -> None:
     assert env["NCCL_DEBUG"] == "WARN"
     assert job["spec"]["template"]["metadata"]["labels"]["team"] == "ml"
     assert job["spec"]["template"]["metadata"]["labels"]["headrace.dev/run"] == "demo"
-    assert (pod["restartPolicy"], pod["serviceAccountName"]) == ("Never", "headrace-demo")
+    assert (pod["restartPolicy"], pod["serviceAccountName"]) == ("Never", "headrace--demo")
     assert pod["automountServiceAccountToken"] is False
     assert trainer["command"] == ["/opt/python", "-m", "headrace_trainer.agent", "/etc/headrace/stage.json"]
     assert env["HEADRACE_MASTER_PORT"] == "29400"
@@ -167,7 +167,7 @@ def test_a_service_is_a_deployment_with_one_address_for_all_attempts() -> None:
     deployment = objects.workload
     service = next(o for o in objects.dependents if o["kind"] == "Service")
     assert deployment["kind"] == "Deployment"
-    assert deployment["metadata"]["name"] == service["metadata"]["name"] == "demo-serve"
+    assert deployment["metadata"]["name"] == service["metadata"]["name"] == "demo--serve"
     selector = deployment["spec"]["selector"]["matchLabels"]
     assert selector == service["spec"]["selector"]
     assert "headrace.dev/attempt" not in selector

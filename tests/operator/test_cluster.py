@@ -49,15 +49,15 @@ def metadata(
 
 
 RUN = {"kind": "TrainingRun", "name": "demo", "uid": "uid-1"}
-JOB = {"kind": "Job", "name": "demo-base-1", "uid": "uid-of-demo-base-1"}
-REPLICA_SET = {"kind": "ReplicaSet", "name": "demo-base-5f9", "uid": "uid-of-demo-base-5f9"}
+JOB = {"kind": "Job", "name": "demo--base--1", "uid": "uid-of-demo--base--1"}
+REPLICA_SET = {"kind": "ReplicaSet", "name": "demo--base-5f9", "uid": "uid-of-demo--base-5f9"}
 
 
 def make_job(
     *, size: int = 2, condition: str | None = None, deleted: str | None = None, version: int = 1, **meta: Any
 ) -> JobRecord:
     conditions = [{"type": condition, "status": "True", "reason": "BackoffLimitExceeded"}] if condition else []
-    named = metadata("demo-base-1", deleted=deleted, version=version, **{"owner": RUN, **meta})
+    named = metadata("demo--base--1", deleted=deleted, version=version, **{"owner": RUN, **meta})
     return job_record({"metadata": named, "spec": {"completions": size}, "status": {"conditions": conditions}})
 
 
@@ -184,7 +184,7 @@ def test_a_job_that_was_made_again_is_another_attempt_and_takes_no_blame_for_the
     first, second = observe(again, failed(0, exit_code=75))
     assert {(a.uid, a.state) for a in (first, second)} == {
         ("again", AttemptState.PENDING),
-        ("uid-of-demo-base-1", AttemptState.FAILED),
+        ("uid-of-demo--base--1", AttemptState.FAILED),
     }
 
 
@@ -366,7 +366,7 @@ def make_deployment(*, available: bool = False, stuck: bool = False, observed: i
     template = {"spec": {"containers": [{"name": "trainer", "ports": ports}]}}
     return deployment_record(
         {
-            "metadata": {**metadata("demo-base", owner=RUN, **meta), "generation": 1},
+            "metadata": {**metadata("demo--base", owner=RUN, **meta), "generation": 1},
             "spec": {"template": template},
             "status": {"observedGeneration": observed, "conditions": conditions},
         }
@@ -376,7 +376,7 @@ def make_deployment(*, available: bool = False, stuck: bool = False, observed: i
 def test_a_service_has_an_endpoint_while_it_is_available() -> None:
     (up,) = observe(make_deployment(available=True), server())
     assert up.state is AttemptState.RUNNING and up.progress is not None
-    assert up.progress.endpoint == "http://demo-base.team.svc:8000"
+    assert up.progress.endpoint == "http://demo--base.team.svc:8000"
     (down,) = observe(make_deployment(), server(), report=report(endpoint="http://stale"))
     assert down.state is AttemptState.PENDING and down.progress is not None and down.progress.endpoint is None
     (old,) = observe(make_deployment(available=True, observed=0), server())

@@ -75,6 +75,12 @@ class World:
             self.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32}))
         return self.pods_of(1, count=2, stage="base")
 
+    def run_pod(self, pod: Json) -> None:
+        """Write the status that a kubelet writes when a container runs."""
+        started = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+        container = {"name": "trainer", "image": "trainer:test", "imageID": "", "ready": True, "restartCount": 0}
+        self.patch_pod(pod, {"phase": "Running", "containerStatuses": [{**container, "state": started}]})
+
     def end_pod(self, pod: Json, *, exit_code: int, last_words: str = "") -> None:
         """Write the status that a kubelet writes when a container ends."""
         ended = {
@@ -93,6 +99,9 @@ class World:
             "state": {"terminated": ended},
         }
         status = {"phase": "Failed" if exit_code else "Succeeded", "containerStatuses": [container]}
+        self.patch_pod(pod, status)
+
+    def patch_pod(self, pod: Json, status: Json) -> None:
         patch = ["patch", "pod", pod["metadata"]["name"], "--subresource=status", "--type=merge"]
         self.plane.kubectl("-n", self.namespace, *patch, "-p", json.dumps({"status": status}))
 
@@ -106,14 +115,14 @@ def world(control_plane: Any, namespace: str, operator: Any, eventually: Callabl
 def test_a_gang_becomes_a_job_whose_pods_a_restricted_namespace_admits(world: World) -> None:
     pods = world.start_gang()
     for kind in ("jobs", "services", "configmaps"):
-        assert "demo-base-1" in world.names(kind)
-    assert world.names("serviceaccounts") == ["headrace-demo"]
+        assert "demo--base--1" in world.names(kind)
+    assert world.names("serviceaccounts") == ["headrace--demo"]
     assert {p["spec"]["nodeSelector"]["pool"] for p in pods} == {"gpu"}
     assert {p["spec"]["containers"][0]["command"][2] for p in pods} == {"headrace_trainer.agent"}
-    config = next(c for c in world.objects("configmaps") if c["metadata"]["name"] == "demo-base-1")
+    config = next(c for c in world.objects("configmaps") if c["metadata"]["name"] == "demo--base--1")
     stage = json.loads(config["data"]["stage.json"])
     assert (stage["run"], stage["attempt"], stage["outputUri"]) == ("demo", 1, "s3://bucket/demo/base")
-    assert world.status()["summary"] == "Running"
+    assert world.status()["summary"] == "Starting"
 
 
 def test_a_failed_gang_is_restarted_within_its_budget_and_then_fails_with_its_last_words(world: World) -> None:
@@ -135,10 +144,10 @@ def test_a_stage_that_succeeds_hands_its_artifact_to_the_next(world: World) -> N
     world.plane.apply(make_run(world.namespace, "corpus", "tok"))
     (pod,) = world.pods_of(1, count=1)
     world.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32, "metrics": {"documents": 7}}))
-    world.eventually(lambda: "demo-tok-1" in world.names("jobs"))
+    world.eventually(lambda: "demo--tok--1" in world.names("jobs"))
     corpus = world.status()["stages"][0]
     assert (corpus["state"], corpus["metrics"]) == ("Succeeded", {"documents": 7})
-    config = next(c for c in world.objects("configmaps") if c["metadata"]["name"] == "demo-tok-1")
+    config = next(c for c in world.objects("configmaps") if c["metadata"]["name"] == "demo--tok--1")
     assert json.loads(config["data"]["stage.json"])["inputs"]["corpus"]["digest"] == "ab" * 32
 
 
@@ -270,7 +279,7 @@ def test_a_suspended_run_loses_its_job_and_a_resumed_one_gets_the_next(world: Wo
     assert world.names("jobs") == []
     world.eventually(lambda: world.names("pods,services,configmaps") == [])
     world.plane.apply(make_run(world.namespace, "corpus"))
-    world.eventually(lambda: world.names("jobs") == ["demo-corpus-2"])
+    world.eventually(lambda: world.names("jobs") == ["demo--corpus--2"])
 
 
 def test_nothing_is_left_of_a_deleted_run(world: World) -> None:
@@ -291,6 +300,28 @@ def test_a_run_that_the_operator_refuses_says_why(world: World) -> None:
     assert "schedule.warmup: 100000: must be below the 489 steps" in failed["message"]
     assert world.names("jobs") == []
     world.plane.apply(make_run(world.namespace, "corpus"))
+    world.eventually(lambda: world.status()["summary"] == "Starting")
+
+
+@pytest.mark.parametrize("part", ["run", "stage"])
+def test_the_api_server_refuses_names_that_could_be_put_together_in_two_ways(world: World, part: str) -> None:
+    run = make_run(world.namespace, "corpus")
+    (run["metadata"] if part == "run" else run["spec"]["stages"][0])["name"] = "a--b"
+    with pytest.raises(AssertionError, match="two hyphens in a row" if part == "run" else r"stages\[0\]\.name"):
+        world.plane.apply(run)
+
+
+def test_a_run_is_running_once_its_first_pod_has_reported_that_the_ranks_joined(reports: "Reports") -> None:
+    world = reports.world
+    first, second = world.pods(1, "base")
+    world.eventually(lambda: world.status().get("phaseMessage") == "Starting: 0 of 2 pods run")
+    for pod in (first, second):
+        assert world.status()["summary"] == "Starting"
+        world.run_pod(pod)
+    world.eventually(lambda: world.status()["phaseMessage"] == "Starting: its ranks have not joined yet")
+    token = reports.token(first)
+    assert reports.post(token, reports.body(phase="Starting")) == (204, "")
+    assert reports.post(token, reports.body(phase="Running")) == (204, "")
     world.eventually(lambda: world.status()["summary"] == "Running")
 
 
@@ -303,7 +334,7 @@ def test_a_run_waits_for_its_runtime_and_says_so(world: World) -> None:
 
 def test_an_object_of_somebody_else_is_left_alone_and_reported(world: World) -> None:
     theirs = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"mine": "yes"}}
-    theirs["metadata"] = {"name": "demo-corpus-1", "namespace": world.namespace}
+    theirs["metadata"] = {"name": "demo--corpus--1", "namespace": world.namespace}
     world.plane.apply(theirs)
     world.plane.apply(make_run(world.namespace, "corpus"))
 
@@ -312,11 +343,11 @@ def test_an_object_of_somebody_else_is_left_alone_and_reported(world: World) -> 
         return [e["note"] for e in events if e["reason"] == "StartFailed"]
 
     (note,) = world.eventually(told)
-    assert "demo-corpus-1 exists and is not this run's" in note
-    kept = world.plane.get("-n", world.namespace, "configmap", "demo-corpus-1")
+    assert "demo--corpus--1 exists and is not this run's" in note
+    kept = world.plane.get("-n", world.namespace, "configmap", "demo--corpus--1")
     assert kept["data"] == {"mine": "yes"}
-    world.plane.kubectl("-n", world.namespace, "delete", "configmap", "demo-corpus-1")
-    world.eventually(lambda: world.names("configmaps") == ["demo-corpus-1"])
+    world.plane.kubectl("-n", world.namespace, "delete", "configmap", "demo--corpus--1")
+    world.eventually(lambda: world.names("configmaps") == ["demo--corpus--1"])
 
 
 class Reports:
@@ -328,7 +359,7 @@ class Reports:
     def token(self, pod: Json, *, audience: str = "headrace-progress") -> str:
         meta = pod["metadata"]
         bound = ["--bound-object-kind=Pod", f"--bound-object-name={meta['name']}", f"--bound-object-uid={meta['uid']}"]
-        command = ["create", "token", "headrace-demo", f"--audience={audience}", *bound]
+        command = ["create", "token", "headrace--demo", f"--audience={audience}", *bound]
         return str(self.world.plane.kubectl("-n", self.world.namespace, *command)).strip()
 
     def body(self, **changes: Any) -> Json:

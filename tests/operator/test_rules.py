@@ -38,7 +38,7 @@ def test_who_may_claim_a_lease(spec: Json, unchanged: float, may: bool) -> None:
 
 def review(*, authenticated: bool = True, audience: str = "headrace-progress", pod: bool = True) -> Json:
     bound = {f"authentication.kubernetes.io/pod-{k}": [v] for k, v in (("name", "pod-0"), ("uid", "uid-0"))}
-    user = {"username": "system:serviceaccount:team:headrace-demo", "extra": bound if pod else {}}
+    user = {"username": "system:serviceaccount:team:headrace--demo", "extra": bound if pod else {}}
     return {"status": {"authenticated": authenticated, "audiences": [audience], "user": user}}
 
 

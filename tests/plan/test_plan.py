@@ -16,7 +16,7 @@ from plan.body import body
 def test_the_first_stage_starts_and_the_others_wait():
     it = body()
     assert it.started() == [("corpus", 1)]
-    assert [s.state for s in it.run.status.stages] == [StageState.RUNNING] + [StageState.PENDING] * 6
+    assert [s.state for s in it.run.status.stages] == [StageState.STARTING] + [StageState.PENDING] * 6
 
 
 def test_planning_again_changes_nothing():

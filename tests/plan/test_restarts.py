@@ -147,10 +147,13 @@ def test_a_quota_is_waited_for_in_sight_and_costs_nothing():
         it.refuse(Outcome(fault=FaultClass.CAPACITY, reason="QuotaExceeded", message="requested: pods=1"))
         assert it.started() == [("corpus", 1)], "it is tried again"
         assert it.last.requeue_after_seconds == 15
+        assert it.run.status.summary == "Waiting"
         assert it.run.status.phase_message == "Waiting: QuotaExceeded: requested: pods=1"
+    assert it.step(after_seconds=1000).requeue_after_seconds == 100, "less and less often"
+    assert it.step(after_seconds=10**6).requeue_after_seconds == 300
     it.refusals = ()
     it.step()
-    assert it.state("corpus") is StageState.RUNNING
+    assert it.state("corpus") is StageState.STARTING
     assert it.run.status.restarts == 0
 
 

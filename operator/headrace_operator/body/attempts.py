@@ -107,7 +107,20 @@ def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt
         outcome=outcome,
         progress=report,
         held=held(pods) if state is AttemptState.PENDING else None,
+        missing=missing(job, pods) if state is AttemptState.PENDING and job is not None else "",
     )
+
+
+def missing(job: JobRecord, pods: Sequence[PodRecord]) -> str:
+    """What is missing before all of a Job's pods run; only its events say why pods are not made."""
+    exist = len({pod.index for pod in pods})
+    if exist < job.size:
+        return f"{exist} of {job.size} pods exist; `kubectl describe job {job.name}` says what the others wait for"
+    return f"{_running(pods)} of {job.size} pods run"
+
+
+def _running(pods: Sequence[PodRecord]) -> int:
+    return len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")})
 
 
 def held(pods: Sequence[PodRecord]) -> Held | None:
@@ -141,8 +154,7 @@ def job_state(
         return AttemptState.SUCCEEDED, explain_success(pods)
     if job is None or job.deleted_at is not None:
         return AttemptState.STOPPING, None
-    started = len({pod.index for pod in pods if pod.phase in ("Running", "Succeeded")})
-    return (AttemptState.RUNNING if started >= job.size else AttemptState.PENDING), None
+    return (AttemptState.RUNNING if _running(pods) >= job.size else AttemptState.PENDING), None
 
 
 def is_gone(pod: PodRecord) -> bool:

@@ -118,6 +118,7 @@ class Reconciler:
     def _status(self, decision: Plan, runtime: TrainingRuntime | None, raw: Raw) -> dict[str, Any]:
         status = decision.status.dump()
         if decision.start and runtime is None:
+            status["summary"] = "Waiting"
             status["phaseMessage"] = f"Waiting: there is no TrainingRuntime {runtime_of(raw)}"
         return status
 

@@ -17,6 +17,7 @@ class AttemptState(StrEnum):
     PENDING = "Pending"
     """It exists, and not all of its pods run yet."""
     RUNNING = "Running"
+    """All of its pods run; whether their ranks have joined is for their report to say."""
     STOPPING = "Stopping"
     """It was told to stop, or has failed, and some of its pods are not gone yet."""
     SUCCEEDED = "Succeeded"
@@ -64,7 +65,9 @@ class Attempt:
     """What it said at its end; None while it runs, where that was lost, and until it is seen."""
     progress: Progress | None = None
     held: Held | None = None
-    """Why it does not run yet."""
+    """What keeps it from running, where the body can tell."""
+    missing: str = ""
+    """What is missing before all of its pods run, for people; empty once they do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,7 +116,7 @@ def _events(before: StageStatus, after: StageStatus) -> list[Event]:
         events.append(
             Event(type="Warning", reason="AttemptFailed", message=f"{name}: attempt {before.attempt}: {after.message}")
         )
-    if after.state is StageState.RUNNING and after.attempt != before.attempt:
+    if after.attempt != before.attempt:
         events.append(Event(type="Normal", reason="AttemptStarted", message=f"{name}: attempt {after.attempt}"))
     if after.state is before.state:
         return events

@@ -17,6 +17,9 @@ from headrace_api.run import (
 from headrace_operator.brain.observed import Observed
 
 _LONGEST_NOTE = 1024
+_NO_COLUMNS: dict[str, str | None] = dict.fromkeys(
+    ("step", "progress", "loss", "tokens_per_second", "eta", "phase_message")
+)
 
 
 def report(
@@ -32,18 +35,20 @@ def report(
     """
     current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
     progress = _progress_of(observed, current)
-    endpoint = next((s.endpoint for s in stages if s.endpoint), None)
     note = notes[current.name] if current is not None else ""
-    return RunStatus(
-        conditions=_conditions(run, current, now=observed.now),
-        observed_generation=run.metadata.generation,
-        summary=_summary(current),
-        stage=current.name if current is not None else stages[-1].name,
-        restarts=sum(s.infra_restarts + s.user_restarts for s in stages),
-        checkpoint=_checkpoint(run, current, progress),
-        endpoint=endpoint,
-        stages=list(stages),
-        **_columns(run, current, progress, note=note),
+    # A copy: what a newer operator left in the last status stays there.
+    return run.status.model_copy(
+        update={
+            "conditions": _conditions(run, current, now=observed.now),
+            "observed_generation": run.metadata.generation,
+            "summary": _summary(current),
+            "stage": current.name if current is not None else stages[-1].name,
+            "restarts": sum(s.infra_restarts + s.user_restarts for s in stages),
+            "checkpoint": _checkpoint(run, current, progress),
+            "endpoint": next((s.endpoint for s in stages if s.endpoint), None),
+            "stages": list(stages),
+            **_columns(run, current, progress, note=note),
+        }
     )
 
 
@@ -78,10 +83,8 @@ def _conditions(run: TrainingRun, current: StageStatus | None, *, now: datetime)
         ),
     }
     before = {c.type: c for c in run.status.conditions}
-    return [
-        _condition(kind, holds, reason, message, before.get(kind), now=now)
-        for kind, (holds, reason, message) in truth.items()
-    ]
+    ours = [_condition(kind, *said, before.get(kind), now=now) for kind, said in truth.items()]
+    return [*ours, *(c for c in run.status.conditions if c.type not in truth)]
 
 
 def _condition(
@@ -89,9 +92,8 @@ def _condition(
 ) -> Condition:
     status = "True" if holds else "False"
     since = before.last_transition_time if before is not None and before.status == status else now
-    return Condition.model_validate(
-        {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": since}
-    )
+    said = {"status": status, "reason": reason, "message": message, "last_transition_time": since}
+    return before.model_copy(update=said) if before is not None else Condition.model_validate({"type": kind, **said})
 
 
 def _checkpoint(run: TrainingRun, current: StageStatus | None, progress: Progress | None) -> CheckpointStatus | None:
@@ -106,13 +108,13 @@ def _columns(
     run: TrainingRun, current: StageStatus | None, progress: Progress | None, *, note: str
 ) -> dict[str, str | None]:
     """Step, progress, loss and their like; kept from the last status while a new attempt has not reported yet."""
-    before = run.status
+    before, said = run.status, note[:_LONGEST_NOTE] or None
     if progress is None and current is None:
-        return {"loss": before.loss}
-    said = note[:_LONGEST_NOTE] or None
+        return {**_NO_COLUMNS, "loss": before.loss}
     if progress is None:
         kept = {"step": before.step, "progress": before.progress, "loss": before.loss}
-        return {**(kept if current is not None and before.stage == current.name else {}), "phase_message": said}
+        same = current is not None and before.stage == current.name
+        return {**_NO_COLUMNS, **(kept if same else {}), "phase_message": said}
     total = progress.total
     return {
         "step": f"{progress.done}/{total}" if total else str(progress.done),

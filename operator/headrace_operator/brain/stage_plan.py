@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from headrace_api.artifact import ArtifactRef, stage_hash
-from headrace_api.contract import ResolvedStage, join_uri
+from headrace_api.contract import STARTING_PHASE, ResolvedStage, join_uri
 from headrace_api.faults import BUDGETS, Budget, FaultClass, Outcome
 from headrace_api.run import RestartPolicy, Stage, StageState, StageStatus, TrainingRun
 from headrace_api.stages import RunsAs
@@ -20,8 +20,8 @@ from headrace_operator.brain.observed import LIVE, Attempt, AttemptState, Observ
 
 _LONGEST_BACKOFF_SECONDS = 60.0
 _POLL_SECONDS = 5.0
-_CAPACITY_SECONDS = 15.0
-"""How often a start that was refused for want of room is tried again."""
+_CAPACITY_SECONDS = (15.0, 300.0)
+"""How often a start that was refused for want of room is tried again: after a tenth of the time that it has waited."""
 _OUTCOME_SECONDS = 30.0
 """A Job is seen to be complete before or after its pods are; the API server sends them apart."""
 _SERVED_SECONDS = 600.0
@@ -36,6 +36,9 @@ _OUTCOME_LOST = Outcome(
     message="the attempt succeeded, and what it left was not said; the next one looks for that in storage",
 )
 _VANISHED = Outcome(fault=FaultClass.POD, reason="Vanished", message="the attempt is gone, and no pod is left to ask")
+
+
+_UNDER_WAY = frozenset({StageState.WAITING, StageState.STARTING, StageState.RUNNING, StageState.STOPPING})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ def plan_stage(
 def _wait(before: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
     """A stage before this one is not done (any more): nothing of this one may run."""
     live = tuple(a for a in attempts if a.state in LIVE)
-    if live and before.state in (StageState.RUNNING, StageState.STOPPING):
+    if live and before.state in _UNDER_WAY:
         before = _settled(before, state=StageState.STOPPING)
     return StagePlan(status=before, stop=live)
 
@@ -192,7 +195,7 @@ class _Stage:
         started = status.started_at or self.observed.now
         status = _with(
             status,
-            state=StageState.RUNNING,
+            state=StageState.STARTING,
             attempt=number,
             workload=None,
             started_at=started,
@@ -206,14 +209,22 @@ class _Stage:
     def _with_refusal(self, plan: StagePlan, refusal: Outcome | None) -> StagePlan:
         if refusal is None:
             return plan
-        note = f"Waiting: {refusal.reason}: {refusal.message}"
-        return StagePlan(status=plan.status, start=plan.start, requeue_after_seconds=_CAPACITY_SECONDS, note=note)
+        started, (shortest, longest) = plan.status.started_at or self.observed.now, _CAPACITY_SECONDS
+        again = min(max((self.observed.now - started).total_seconds() / 10, shortest), longest)
+        return StagePlan(
+            status=_with(plan.status, state=StageState.WAITING),
+            start=plan.start,
+            requeue_after_seconds=again,
+            note=f"Waiting: {refusal.reason}: {refusal.message}",
+        )
 
     def _keep(self, status: StageStatus, current: Attempt, refusal: Outcome | None) -> StagePlan:
+        """Follow an attempt that lives."""
         held, left = current.held, None
         if held is not None and held.since is not None:
-            left = _seconds(self.observed.now, held.since + timedelta(seconds=_START_SECONDS))
-            if held.since + timedelta(seconds=_START_SECONDS) <= self.observed.now:
+            due = held.since + timedelta(seconds=_START_SECONDS)
+            left = _seconds(self.observed.now, due)
+            if due <= self.observed.now:
                 return self._charge(status, Outcome(fault=FaultClass.POD, reason=held.reason, message=held.message))
         if _step_of(current) >= status.failed_step + self.run.spec.restart_policy.reset_after_steps:
             status = _with_fresh_budgets(status)
@@ -223,14 +234,13 @@ class _Stage:
             finished = status.finished_at or self.observed.now
             status = _with(status, state=StageState.SUCCEEDED, endpoint=endpoint, finished_at=finished)
         else:
-            status = _with(status, state=StageState.RUNNING, endpoint=None)
-        note = f"Waiting: {held.reason}: {held.message}" if held is not None else ""
+            status = _with(status, state=_state_of(current, before=status.state), endpoint=None)
         plan = StagePlan(
             status=status,
             done=serving,
             start=self._resolved(current.number),
             requeue_after_seconds=left,
-            note=note,
+            note=_note(current, status.state),
         )
         return self._with_refusal(plan, refusal)
 
@@ -335,6 +345,23 @@ def charge(status: StageStatus, outcome: Outcome, *, policy: RestartPolicy) -> t
 def backoff_seconds(*, failures: int) -> float:
     """How long to wait before the next attempt: not at all after a first failure, then twice as long each time."""
     return min(2.0 ** min(failures - 1, 20), _LONGEST_BACKOFF_SECONDS) if failures > 1 else 0.0
+
+
+def _state_of(attempt: Attempt, *, before: StageState) -> StageState:
+    """Where a stage is whose attempt lives. One that was seen to run goes on running: reports are lost with a leader."""
+    if attempt.held is not None:
+        return StageState.WAITING
+    phase = attempt.progress.phase if attempt.progress is not None else STARTING_PHASE
+    joined = before is StageState.RUNNING or phase != STARTING_PHASE
+    return StageState.RUNNING if attempt.state is AttemptState.RUNNING and joined else StageState.STARTING
+
+
+def _note(attempt: Attempt, state: StageState) -> str:
+    if state is StageState.WAITING and attempt.held is not None:
+        return f"Waiting: {attempt.held.reason}: {attempt.held.message}"
+    if state is not StageState.STARTING or (attempt.progress is not None and attempt.progress.message):
+        return ""
+    return f"Starting: {attempt.missing or 'its ranks have not joined yet'}"
 
 
 def _with_fresh_budgets(status: StageStatus) -> StageStatus:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from headrace_api import API_VERSION, GROUP
-from headrace_api.contract import ResolvedStage
+from headrace_api.contract import ResolvedStage, service_name
 
 RUN_LABEL = f"{GROUP}/run"
 RUN_UID_LABEL = f"{GROUP}/run-uid"
@@ -16,18 +16,16 @@ INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 def attempt_name(run: str, stage: str, attempt: int) -> str:
-    """The Job of an attempt, and what belongs to it."""
-    return f"{run}-{stage}-{attempt}"
+    """The Job of an attempt, and what belongs to it.
 
-
-def service_name(run: str, stage: str) -> str:
-    """The Deployment of a service, and what belongs to it: the same for all attempts, so that its address stays."""
-    return f"{run}-{stage}"
+    Two hyphens join the parts, and no part has two in a row: a name can be taken apart in one way only.
+    """
+    return f"{service_name(run, stage)}--{attempt}"
 
 
 def account_name(run: str) -> str:
-    """The ServiceAccount of a run's pods."""
-    return f"headrace-{run}"
+    """The ServiceAccount of a run's pods; the operator's own cannot be called so."""
+    return f"headrace--{run}"
 
 
 def labels(resolved: ResolvedStage) -> dict[str, str]:

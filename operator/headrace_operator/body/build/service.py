@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from headrace_api.contract import ResolvedStage
+from headrace_api.contract import ResolvedStage, service_name
 from headrace_api.runtime import Pool
 from headrace_api.stages import Deploy
 from headrace_operator.body.build.names import (
@@ -10,7 +10,6 @@ from headrace_operator.body.build.names import (
     STAGE_LABEL,
     metadata,
     run_reference,
-    service_name,
 )
 from headrace_operator.body.build.pod import CONTAINER, pod_template
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from headrace_api.contract import ResolvedStage
+from headrace_api.contract import ResolvedStage, service_name
 from headrace_trainer.stages.deploy.port import LOOPBACK
 
 
@@ -29,5 +29,5 @@ def local_place(port: int) -> Place:
 
 def cluster_place(resolved: ResolvedStage, *, port: int) -> Place:
     """In a pod, behind the Service that the operator makes for the stage."""
-    service = f"{resolved.run}-{resolved.stage.name}"
+    service = service_name(resolved.run, resolved.stage.name)
     return Place(host="0.0.0.0", port=port, endpoint=f"http://{service}.{resolved.namespace}.svc:{port}")
