@@ -63,6 +63,8 @@ class Attempt:
     progress: Progress | None = None
     held: Held | None = None
     """Why it does not run yet."""
+    ended_at: datetime | None = None
+    """When its last process ended, where the body knows: that may be long before anybody looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
