@@ -34,7 +34,7 @@ def find_server(folder: RunFolder, seen: Seen) -> Server:
     Raises:
         Problem: there is none; it says how to start it.
     """
-    attempts, run = LocalAttempts(folder=folder.attempts), f"headrace run {seen.outline.file or 'FILE'}"
+    attempts, run = LocalAttempts(folder=folder.attempts), seen.outline.command
     stages = [(a, r.stage) for a in seen.live if (r := attempts.resolved(a)) is not None]
     serving = [(attempt, stage.name, stage.deploy.from_.model) for attempt, stage in stages if stage.deploy is not None]
     if not serving and "deploy" not in seen.outline.kinds.values():

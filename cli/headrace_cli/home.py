@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from headrace_cli import records
 from headrace_cli.problem import Problem
 from headrace_cli.processes import started
 
+HOME = Path(".headrace")
+"""Where local runs are kept if nobody says otherwise, below the current folder."""
 _FILE_ANNOTATION = "headrace.dev/file"
 
 
@@ -46,6 +49,14 @@ class Outline:
     file: str | None = None
     """The manifest that the user named."""
     uid: str | None = None
+    home: Path = HOME
+
+    @property
+    def command(self) -> str:
+        """What a user types to go on with the run."""
+        usual = Path(os.environ.get("HEADRACE_HOME", HOME)).resolve()
+        words = ["headrace", "run", self.file or "FILE"]
+        return shlex.join(words if self.home.resolve() == usual else [*words, "--home", str(self.home)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +91,13 @@ class RunFolder:
             metadata = manifest["metadata"]
             return Outline(
                 name=self.name,
+                home=self.path.parents[1],
                 kinds={str(s["name"]): _kind(s) for s in manifest["spec"]["stages"]},
                 file=metadata.get("annotations", {}).get(_FILE_ANNOTATION),
                 uid=metadata.get("uid"),
             )
         except (FileNotFoundError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            return Outline(name=self.name)
+            return Outline(name=self.name, home=self.path.parents[1])
 
     def uid(self) -> str:
         """An identity that lasts as long as the manifest."""
@@ -189,10 +201,11 @@ def run_folder(home: Path, name: str) -> RunFolder:
 
 def run_folders(home: Path) -> list[RunFolder]:
     """Every run of a home, the newest first."""
-    runs = home.resolve() / "runs"
-    if not runs.exists():
+    try:
+        paths = list((home.resolve() / "runs").iterdir())
+    except FileNotFoundError:
         return []
-    found = [f for path in runs.iterdir() if (f := RunFolder(path=path)).exists()]
+    found = [f for path in paths if (f := RunFolder(path=path)).exists()]
     earliest = datetime.fromtimestamp(0, UTC)
     return sorted(found, key=lambda f: f.begun_at() or earliest, reverse=True)
 

@@ -15,12 +15,11 @@ import yaml
 from rich.console import Console, RenderableType
 
 from headrace_api.errors import ManifestError, load_run
-from headrace_api.people import people_time
 from headrace_api.run import ConditionType, RunStatus, StageState, TrainingRun
 from headrace_cli import forecast, view
 from headrace_cli.ask import ask, find_server
 from headrace_cli.attempts import LocalAttempts
-from headrace_cli.home import RunFolder, run_folder, run_folders
+from headrace_cli.home import HOME, RunFolder, run_folder, run_folders
 from headrace_cli.live import look
 from headrace_cli.local import LocalBody, interrupts, localize
 from headrace_cli.logs import read_logs
@@ -55,7 +54,7 @@ out, err = _console(stderr=False), _console(stderr=True)
 
 def _names(ctx: typer.Context, incomplete: str) -> list[str]:
     """The runs that a shell offers for NAME."""
-    home = Path(ctx.params.get("home") or os.environ.get("HEADRACE_HOME") or _HOME)
+    home = Path(ctx.params.get("home") or os.environ.get("HEADRACE_HOME") or HOME)
     return [folder.name for folder in run_folders(home) if folder.name.startswith(incomplete)]
 
 
@@ -63,8 +62,6 @@ Manifest = Annotated[Path, typer.Argument(help="A YAML file with one TrainingRun
 Home = Annotated[Path, typer.Option(envvar="HEADRACE_HOME", help="Where local runs keep their state.")]
 Name = Annotated[str, typer.Argument(help="The run's name.", metavar="NAME", autocompletion=_names)]
 Format = Annotated[Output, typer.Option("-o", "--output", help="How to print it.")]
-
-_HOME = Path(".headrace")
 
 
 def _show_version(asked: bool) -> None:
@@ -110,7 +107,7 @@ def _print(value: Any, table: RenderableType, *, output: Output) -> None:
 
 
 @app.command()
-def run(file: Manifest, home: Home = _HOME) -> None:
+def run(file: Manifest, home: Home = HOME) -> None:
     """Run a manifest on this machine; a run that was interrupted goes on where it was."""
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
@@ -168,7 +165,7 @@ def validate(file: Manifest) -> None:
 
 
 @app.command()
-def plan(file: Manifest, home: Home = _HOME, output: Format = Output.TABLE) -> None:
+def plan(file: Manifest, home: Home = HOME, output: Format = Output.TABLE) -> None:
     """Show what a run would do and need; nothing is started."""
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
@@ -180,36 +177,40 @@ def plan(file: Manifest, home: Home = _HOME, output: Format = Output.TABLE) -> N
 
 
 @app.command()
-def status(name: Name, home: Home = _HOME, output: Format = Output.TABLE) -> None:
+def status(name: Name, home: Home = HOME, output: Format = Output.TABLE) -> None:
     """Show how far a local run is."""
     seen = look(_known(home, name))
-    _print(seen.status.dump(), view.status_view(seen, now=datetime.now(UTC)), output=output)
+    table = view.summary_view(name, seen.outline.kinds, seen.status, now=datetime.now(UTC))
+    _print(seen.status.dump(), table, output=output)
+    if output is Output.TABLE:
+        for line in view.status_notes(seen):
+            out.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
-def ls(home: Home = _HOME, output: Format = Output.TABLE) -> None:
+def ls(home: Home = HOME, output: Format = Output.TABLE) -> None:
     """List the local runs, the newest first."""
     rows = [_row(folder) for folder in run_folders(home)]
     if not rows:
         err.print(f"No run under {home}; start one with `headrace run FILE`, or set --home", soft_wrap=True)
-    _print(rows, view.runs_table(rows), output=output)
+    _print(rows, view.runs_table(rows, now=datetime.now(UTC)), output=output)
 
 
 def _row(folder: RunFolder) -> dict[str, str]:
     begun = folder.begun_at()
-    age = people_time((datetime.now(UTC) - begun).total_seconds()) if begun is not None else ""
+    when = {"begunAt": begun.isoformat(timespec="seconds") if begun is not None else ""}
     try:
         found = look(folder).status
     except Damaged:
-        return {"name": folder.name, "state": "Damaged", "stage": "", "progress": "", "age": age}
+        return {"name": folder.name, "state": "Damaged", "stage": "", "progress": "", **when}
     shown = {"state": found.summary or "Pending", "stage": found.stage or "", "progress": found.progress or ""}
-    return {"name": folder.name, **shown, "age": age}
+    return {"name": folder.name, **shown, **when}
 
 
 @app.command()
 def logs(
     name: Name,
-    home: Home = _HOME,
+    home: Home = HOME,
     stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
 ) -> None:
@@ -228,7 +229,7 @@ def logs(
 
 
 @app.command()
-def stop(name: Name, home: Home = _HOME) -> None:
+def stop(name: Name, home: Home = HOME) -> None:
     """Stop a run after a checkpoint, its server included; also one that runs in another terminal."""
     folder = _known(home, name)
     stopped = stop_run(folder)
@@ -238,7 +239,7 @@ def stop(name: Name, home: Home = _HOME) -> None:
 
 @app.command(name="ask")
 def ask_command(
-    name: Name, prompt: Annotated[str, typer.Argument(help="The text to continue.")], home: Home = _HOME,
+    name: Name, prompt: Annotated[str, typer.Argument(help="The text to continue.")], home: Home = HOME,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
 ) -> None:  # fmt: skip
     """Have the served model continue a text."""

@@ -149,25 +149,17 @@ def _running_cells(status: RunStatus, *, wide: bool) -> tuple[RenderableType, ..
     return (status.step or "", part, status.loss or "", status.tokens_per_second or "", status.eta or "")
 
 
-def status_view(seen: Seen, *, now: datetime) -> RenderableType:
-    """The stages of a run and what is to be said about it."""
-    status = seen.status
-    said = [summary_view(seen.outline.name, seen.outline.kinds, status, now=now)]
-    if line := progress_line(status):
-        said.append(Text(line))
-    if (note := _note(seen)) is not None:
-        said.append(Text(note, style="yellow"))
-    return Group(*said)
-
-
-def _note(seen: Seen) -> str | None:
-    take_up = f"headrace run {seen.outline.file or 'FILE'}"
-    if seen.status.summary == INTERRUPTED:
-        return f"No process works on it: {take_up} goes on where it was."
+def status_notes(seen: Seen) -> list[str]:
+    """What is to be said of a run below its table."""
+    notes = [line] if (line := progress_line(seen.status)) else []
     under_way = not any(seen.status.condition(kind) for kind in ConditionType)
-    if under_way and not seen.attended:
-        return f"The command that ran it has ended; its agents finish this stage alone. {take_up} takes over."
-    return None
+    if seen.status.summary == INTERRUPTED:
+        notes.append(f"No process works on it: {seen.outline.command} goes on where it was.")
+    elif under_way and not seen.attended:
+        notes.append(
+            f"The command that ran it has ended; its agents finish this stage alone: {seen.outline.command} takes over."
+        )
+    return notes
 
 
 def summary_view(name: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> RenderableType:
@@ -214,13 +206,16 @@ def _list(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datet
     return table
 
 
-def runs_table(rows: Iterable[Mapping[str, str]]) -> Table:
-    """``headrace ls``: the keys of a row are its columns."""
+def runs_table(rows: Iterable[Mapping[str, str]], *, now: datetime) -> Table:
+    """``headrace ls``."""
     table = _plain_table(None)
-    for column in ("name", "state", "stage", "progress", "age"):
+    columns = ("name", "state", "stage", "progress")
+    for column in (*columns, "age"):
         table.add_column(column, overflow="fold", no_wrap=column not in ("name", "stage"))
     for row in rows:
-        table.add_row(*(row[str(column.header)] for column in table.columns))
+        begun = row["begunAt"]
+        age = people_time((now - datetime.fromisoformat(begun)).total_seconds()) if begun else ""
+        table.add_row(*(row[column] for column in columns), age)
     return table
 
 
