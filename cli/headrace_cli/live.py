@@ -75,9 +75,7 @@ def as_it_is(stored: RunStatus, attempts: Sequence[Attempt], *, now: datetime, r
     attempt = _newest(current, attempts) if current is not None else None
     if attempt is not None and attempt.state in LIVE:
         return stored.model_copy(update={"stages": stages, **_how_far(stored, attempt)})
-    resting = [
-        s.model_copy(update={"state": StageState.SUSPENDED, "retry_at": None}) if s is current else s for s in stages
-    ]
+    resting = [_resting(s, rest) if s is current else s for s in stages]
     speed = {"tokens_per_second": None, "eta": None, "phase_message": None}
     update = {
         "conditions": _conditions(stored, rest, now=now),
@@ -102,6 +100,14 @@ def _stage(status: StageStatus, attempt: Attempt | None, *, now: datetime) -> St
     return close(status, ended_at or now).model_copy(
         update={"state": StageState.SUSPENDED, "endpoint": None, "retry_at": None, "finished_at": None}
     )
+
+
+def _resting(status: StageStatus, rest: Rest) -> StageStatus:
+    """The stage at which the run rests; a stop on request costs nothing, as when the planner suspends it."""
+    status = status.model_copy(update={"state": StageState.SUSPENDED, "retry_at": None})
+    if rest is Rest.INTERRUPTED:
+        return status
+    return status.model_copy(update={"settled": status.attempt, "infra_spent": 0, "user_spent": 0})
 
 
 def _how_far(stored: RunStatus, attempt: Attempt | None) -> dict[str, object]:
