@@ -25,7 +25,7 @@ lint: setup ## Style, types, import contracts, generated files
 	$(BIN)/python -m headrace_api.crd --check
 
 test-unit: setup ## Pure functions and tables of cases: seconds
-	$(BIN)/pytest tests/api tests/plan tests/repo tests/operator --ignore=tests/operator/test_real_api_server.py
+	$(BIN)/pytest tests/api tests/plan tests/cli tests/repo tests/operator --ignore=tests/operator/test_real_api_server.py
 
 test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3, serving: minutes
 	$(BIN)/pytest tests/trainer

@@ -104,9 +104,9 @@ class Workplace:
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.env, timeout=timeout)
         return Done(done.returncode, done.stdout, done.stderr)
 
-    def start(self) -> "subprocess.Popen[str]":
-        """``headrace run run.yaml`` in the background."""
-        command = [str(HEADRACE), "run", "run.yaml", "--home", str(self.home)]
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        """``headrace run run.yaml``, or other words, in the background."""
+        command = [str(HEADRACE), *(words or ("run", "run.yaml")), "--home", str(self.home)]
         return subprocess.Popen(
             command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -115,7 +115,7 @@ class Workplace:
         """``status.json``."""
         try:
             return json.loads((self.home / "runs/small/status.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return {}
 
     def stage(self, name: str) -> dict[str, Any]:
@@ -143,13 +143,32 @@ class Workplace:
         lines = (self.artifact(stage) / "history.jsonl").read_text().splitlines()
         return [row["loss_hex"] for row in map(json.loads, lines)]
 
+    def agents(self) -> list[psutil.Process]:
+        """The agents of this home's attempts."""
+        found = self.processes()
+        return [p for p in found if "headrace_trainer.agent" in _command(p) and p.pid == os.getsid(p.pid)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks of this home's attempts."""
+        return [
+            p for p in self.processes() if "headrace_trainer.stage" in _command(p) and "--nnodes=1" not in _command(p)
+        ]
+
     def processes(self) -> list[psutil.Process]:
         """Every process that belongs to this home's attempts."""
         found = []
         for process in psutil.process_iter():
             try:
-                if str(self.home) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                words = [*process.cmdline(), process.environ().get("HEADRACE_SCRATCH", "")]
+                if any(str(self.home) in word for word in words) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
                 continue
         return found
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

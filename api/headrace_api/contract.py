@@ -3,6 +3,7 @@
 In: ``stage.json`` is a ``ResolvedStage``. Out: ``Progress`` by HTTP while it runs, ``faults.Outcome`` at the end.
 """
 
+import re
 from datetime import datetime
 from pathlib import PurePosixPath
 
@@ -110,3 +111,11 @@ def service_name(run: str, stage: str) -> str:
 def join_uri(base: str, *parts: str) -> str:
     """``base`` and ``parts`` with single slashes between them; works for s3://, file:// and paths."""
     return "/".join([base.rstrip("/"), *(str(PurePosixPath(p)) for p in parts)])
+
+
+def served_model_name(run: str, stage: str) -> str:
+    """What a server calls its model in ``/v1/models``: ``run/stage``, the export stage's.
+
+    It is the name of a Hugging Face repository too, in which two hyphens cannot follow one another: they mean a slash.
+    """
+    return "/".join(re.sub("-{2,}", "-", name) for name in (run, stage))

@@ -279,6 +279,10 @@ class StageStatus(StatusPart):
     """retryAt is when the next attempt begins after a failure."""
     outcome_due_at: datetime | None = None
     """outcomeDueAt is until when an attempt that succeeded may say what it left."""
+    active_seconds: float = 0
+    """activeSeconds is the time that ended attempts took; suspended time does not count."""
+    active_since: datetime | None = None
+    """activeSince is when the attempt under way began; unset while there is none."""
     artifact: ArtifactRef | None = None
     """artifact is what the stage left."""
     endpoint: str | None = None

@@ -1,43 +1,83 @@
-"""One question to an OpenAI-compatible endpoint."""
+"""One question to the server of a run, and to no other: ports move, and another run's server may listen there now."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from typing import Any
+
+from headrace_api.contract import served_model_name
+from headrace_cli.attempts import LocalAttempts
+from headrace_cli.home import RunFolder
+from headrace_cli.live import Seen
+from headrace_cli.problem import ExitCode, Problem
 
 _TIMEOUT_SECONDS = 120
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """A proxy for the outside world must not stand between this machine and its own server."""
 
 
-class AskError(Exception):
-    """The endpoint did not answer."""
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server of this run that lives."""
+
+    endpoint: str
+    """As ``http://127.0.0.1:8000``."""
+    model: str
+    """What it must call its model."""
 
 
-def ask(endpoint: str, prompt: str, *, max_tokens: int) -> str:
+def find_server(folder: RunFolder, seen: Seen) -> Server:
+    """The server that an attempt of this run started.
+
+    Raises:
+        Problem: there is none; it says how to start it.
+    """
+    attempts, run = LocalAttempts(folder=folder.attempts), seen.outline.command
+    stages = [(a, r.stage) for a in seen.live if (r := attempts.resolved(a)) is not None]
+    serving = [(attempt, stage.name, stage.deploy.from_.model) for attempt, stage in stages if stage.deploy is not None]
+    if not serving and "deploy" not in seen.outline.kinds.values():
+        raise Problem(f"{folder.name}: has no deploy stage, so it serves no model; add one and start it with {run}")
+    if not serving:
+        raise Problem(f"{folder.name}: no server of it is running; start it with {run}", code=ExitCode.FAILED)
+    attempt, stage_name, exported = serving[0]
+    endpoint = attempt.progress.endpoint if attempt.progress is not None else None
+    if endpoint is None:
+        raise Problem(f"{folder.name}: {stage_name} does not answer yet; try again soon", code=ExitCode.FAILED)
+    return Server(endpoint=endpoint, model=served_model_name(folder.name, exported))
+
+
+def ask(server: Server, prompt: str, *, max_tokens: int) -> str:
     """The model's continuation of ``prompt``, greedily decoded.
 
     Args:
-        endpoint: the server's address, as ``http://127.0.0.1:8000``.
+        server: whom to ask.
         prompt: the text to continue.
         max_tokens: the longest answer.
 
     Raises:
-        AskError: nothing answered, or not with a completion.
+        Problem: nothing answered, or not with a completion, or it is not the server of this run.
     """
     try:
-        model = _call(f"{endpoint}/v1/models")["data"][0]["id"]
-        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        return str(_call(f"{endpoint}/v1/completions", body)["choices"][0]["text"])
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise AskError(f"{endpoint}: no completion: {error}") from error
+        listed = [model["id"] for model in _call(f"{server.endpoint}/v1/models")["data"]]
+        if listed != [server.model]:
+            raise Problem(
+                f"{server.endpoint}: serves {', '.join(listed) or 'nothing'}, not {server.model}: another server has "
+                "taken the port",
+                code=ExitCode.FAILED,
+            )
+        body = {"model": server.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        return str(_call(f"{server.endpoint}/v1/completions", body)["choices"][0]["text"])
+    except urllib.error.HTTPError as error:
+        said = error.read(500).decode(errors="replace")
+        raise Problem(f"{server.endpoint}: {error.code}: {said}", code=ExitCode.FAILED) from error
+    except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+        raise Problem(f"{server.endpoint}: no completion: {error}", code=ExitCode.FAILED) from error
 
 
-def _call(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _call(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
     with _DIRECT.open(request, timeout=_TIMEOUT_SECONDS) as answer:
-        value = json.load(answer)
-    if not isinstance(value, dict):
-        raise ValueError(f"{url} answered with something else than an object")
-    return value
+        return json.load(answer)

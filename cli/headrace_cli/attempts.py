@@ -2,29 +2,51 @@
 
 In: a ``ResolvedStage``. Out: ``Attempt`` values for the planner. An attempt is a folder with ``stage.json``,
 ``processes.json``, and for each agent a log and an outcome; so a new ``headrace`` process sees what an old one started.
+Where a record was lost, the processes themselves are looked for (``processes.py``).
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from headrace_api.contract import STAGE_FILE, Progress, ResolvedStage
 from headrace_api.faults import FaultClass, Outcome, most_telling
-from headrace_operator.brain.observed import Attempt, AttemptState
+from headrace_cli import records
+from headrace_cli.problem import Problem
+from headrace_cli.processes import SCRATCH, agent, find_agents, kill_all
+from headrace_operator.brain.observed import LIVE, Attempt, AttemptState
 
-_GRACE_SECONDS = 100
-_KILL_AFTER_SECONDS = _GRACE_SECONDS + 20
+PROCESSES_FILE = "processes.json"
+_STOP_NOTE = "stop-requested"
+_GRACE = "HEADRACE_GRACE_SECONDS"
+_MARGIN_SECONDS = 10.0
+"""An agent that ended its ranks by force still has to say so."""
+_POLL_SECONDS = 0.1
+_NO_SPACE_BYTES = 64 << 10
+_FOLDER = re.compile(r"^(?P<stage>.+)-(?P<number>[1-9][0-9]*)$")
+_pids = TypeAdapter(dict[int, int])
+
+
+def _grace_seconds() -> float:
+    text = os.environ.get(_GRACE, "100")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise Problem(f"{_GRACE}: {text!r}: not a number of seconds; write one, as 100, or unset it") from error
 
 
 @dataclass(kw_only=True)
@@ -32,127 +54,224 @@ class LocalAttempts:
     """The attempts of one run."""
 
     folder: Path
+    grace_seconds: float = field(default_factory=_grace_seconds)
+    """Time that an agent has to save and end, before it is ended."""
     _children: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     """Agents that this process started; they must be waited for, or they stay as zombies."""
+    _known: dict[Path, tuple[int | None, dict[int, int]]] = field(default_factory=dict)
+    """Attempt -> time of its record -> process ids by pod index: as recorded, or as found in its place."""
+    _asked: dict[Path, float] = field(default_factory=dict)
+    """When an attempt was asked to stop, where a note of it cannot be left."""
 
     def observe(self) -> tuple[Attempt, ...]:
-        """Every attempt as it is now."""
+        """Every attempt as it is now; nothing is changed."""
         for child in self._children.values():
             child.poll()
-        return tuple(self._observe(f) for f in sorted(self.folder.glob("*/")) if (f / "processes.json").exists())
+        found = []
+        for folder in sorted(self.folder.glob("*/")):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found += self._observe(folder)
+        return tuple(found)
+
+    def resolved(self, attempt: Attempt) -> ResolvedStage | None:
+        """What an attempt was started for; None where its record was lost."""
+        return records.read_if_whole(self._folder(attempt.stage, attempt.number) / STAGE_FILE, ResolvedStage)
 
     def start(self, resolved: ResolvedStage) -> None:
-        """Start the agents of an attempt; one that exists is left alone."""
+        """Start the agents of an attempt; one that exists is left alone.
+
+        Raises:
+            OSError: a record cannot be written or a process cannot be started; nothing of the attempt is left running.
+        """
         folder = self._folder(resolved.stage.name, resolved.attempt)
-        if (folder / "processes.json").exists():
+        if (folder / PROCESSES_FILE).exists() or self._live(folder):
             return
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        self.folder.mkdir(exist_ok=True)
+        folder.mkdir()
         resolved = resolved.model_copy(update={"progress_url": f"file://{folder / 'progress.json'}"})
-        (folder / STAGE_FILE).write_text(resolved.model_dump_json(by_alias=True, exclude_none=True, indent=1))
-        port = _free_port()
-        agents = [self._spawn(folder, index, port) for index in range(resolved.stage.compute.nodes)]
-        (folder / "processes.json").write_text(json.dumps(agents))
+        try:
+            text = resolved.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+            records.write(folder / STAGE_FILE, text, durable=False)
+            port = _free_port()
+            pids = {index: self._spawn(folder, index, port) for index in range(resolved.stage.compute.nodes)}
+            records.write(folder / PROCESSES_FILE, json.dumps(pids), durable=False)
+        except BaseException:
+            kill_all(folder)
+            raise
 
     def stop(self, stage: str, number: int) -> None:
-        """Ask an attempt's agents to save and exit; remove the folder of one that has ended, but for the newest's log."""
+        """Ask an attempt's agents to save and exit, and end them by force when they have not after the grace period.
+
+        The folder of one that has ended is removed, but for the newest's, which has the log.
+        """
         folder = self._folder(stage, number)
-        live = [p for p in _processes(folder) if p is not None]
+        live = self._live(folder)
         if not live:
             if self._folder(stage, number + 1).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             return
-        note = folder / "stop-requested"
-        if not note.exists():
-            note.touch()
-            _signal(live, signal.SIGTERM)
-        elif time.time() - note.stat().st_mtime > _KILL_AFTER_SECONDS:
-            _signal(live, signal.SIGKILL)
+        asked_at = self._asked_at(folder)
+        if asked_at is None:
+            self._note_request(folder)
+            _signal(live.values(), signal.SIGTERM)
+        elif time.time() - asked_at > self.grace_seconds + _MARGIN_SECONDS:
+            kill_all(folder)
 
-    def _observe(self, folder: Path) -> Attempt:
-        resolved = ResolvedStage.model_validate_json((folder / STAGE_FILE).read_text())
-        live = _processes(folder)
-        outcomes = [None if process is not None else _outcome(folder, i) for i, process in enumerate(live)]
-        ended = [o for o in outcomes if o is not None]
-        if any(live) and most_telling(ended) is not None:
-            self.stop(resolved.stage.name, resolved.attempt)  # a gang is whole, or it is not
-        return Attempt(
-            stage=resolved.stage.name,
-            number=resolved.attempt,
-            hash=resolved.hash,
-            state=_state(folder, any_live=any(p is not None for p in live), ended=ended),
-            outcome=None if any(live) else most_telling(ended) or ended[0],
-            progress=_progress(folder),
+    def enforce(self, attempts: Iterable[Attempt]) -> None:
+        """Stop what is left of a gang that lost an agent, and see to it that what was asked to stop does."""
+        for attempt in (a for a in attempts if a.state in LIVE):
+            folder = self._folder(attempt.stage, attempt.number)
+            ended = self._outcomes(folder, self.resolved(attempt), live=self._live(folder))
+            if attempt.state is AttemptState.STOPPING or most_telling(ended) is not None:
+                self.stop(attempt.stage, attempt.number)
+
+    def end_all(self, *, at_once: Callable[[], bool]) -> None:
+        """Stop every attempt and wait until no process of this folder is left.
+
+        Args:
+            at_once: asked again and again; once it says so they are not let save any more.
+
+        Raises:
+            Problem: something cannot be ended.
+        """
+        while not at_once() and (live := [a for a in self.observe() if a.state in LIVE]):
+            for attempt in live:
+                self.stop(attempt.stage, attempt.number)
+            time.sleep(_POLL_SECONDS)
+        kill_all(self.folder)
+
+    def stages(self) -> set[str]:
+        """The stages of which there is an attempt."""
+        return {name["stage"] for f in self.folder.glob("*/") if (name := _FOLDER.match(f.name)) is not None}
+
+    def log_files(self, stage: str) -> list[Path]:
+        """The logs of a stage's newest attempt, by pod index."""
+        numbers = [n for f in self.folder.glob(f"{stage}-*/") if (n := _number(f, stage)) is not None]
+        if not numbers:
+            return []
+        logs = self._folder(stage, max(numbers)).glob("agent-*.log")
+        return sorted(logs, key=lambda path: int(path.stem.rpartition("-")[2]))
+
+    def _observe(self, folder: Path) -> list[Attempt]:
+        """The attempt of a folder; none where the process that made it died before it started an agent."""
+        name, live = _FOLDER.match(folder.name), self._live(folder)
+        if name is None or (not live and not (folder / PROCESSES_FILE).exists()):
+            return []
+        resolved = records.read_if_whole(folder / STAGE_FILE, ResolvedStage)
+        outcomes = self._outcomes(folder, resolved, live=live)
+        failed = self._explains(folder, outcomes)
+        if live:
+            state = AttemptState.STOPPING if self._asked_at(folder) is not None else AttemptState.RUNNING
+        else:
+            state = AttemptState.FAILED if failed is not None else AttemptState.SUCCEEDED
+        attempt = Attempt(
+            stage=name["stage"],
+            number=int(name["number"]),
+            hash=resolved.hash if resolved is not None else "",
+            state=state,
+            outcome=None if live else failed or outcomes[0],
+            progress=records.read_if_whole(folder / "progress.json", Progress),
+            ended_at=None if live else _ended_at(folder),
         )
+        return [attempt]
 
-    def _spawn(self, folder: Path, index: int, port: int) -> dict[str, float]:
+    def _agents(self, folder: Path) -> Mapping[int, int]:
+        """Process ids by pod index: as recorded, else as found."""
+        record = folder / PROCESSES_FILE
+        stamp = record.stat().st_mtime_ns if record.exists() else None
+        if folder not in self._known or self._known[folder][0] != stamp:
+            self._known[folder] = (stamp, _recorded(record) or _found(folder))
+        return self._known[folder][1]
+
+    def _live(self, folder: Path) -> dict[int, psutil.Process]:
+        found = {index: agent(pid, folder) for index, pid in self._agents(folder).items()}
+        return {index: process for index, process in found.items() if process is not None}
+
+    def _outcomes(self, folder: Path, resolved: ResolvedStage | None, *, live: Collection[int]) -> list[Outcome]:
+        """The last words of the agents that have ended."""
+        indices = range(resolved.stage.compute.nodes) if resolved is not None else sorted(self._agents(folder)) or [0]
+        return [_outcome(folder, index) for index in indices if index not in live]
+
+    def _explains(self, folder: Path, outcomes: Sequence[Outcome]) -> Outcome | None:
+        """The failure that explains the end: the one that broke the gang, before what the others say of being stopped."""
+        asked_at = self._asked_at(folder)
+        files = sorted(folder.glob("outcome-*.json"), key=lambda f: f.stat().st_mtime)
+        before = [f for f in files if asked_at is not None and f.stat().st_mtime < asked_at]
+        broke = most_telling(o for f in before if (o := records.read_if_whole(f, Outcome)) is not None)
+        return broke or most_telling(outcomes)
+
+    def _asked_at(self, folder: Path) -> float | None:
+        try:
+            return (folder / _STOP_NOTE).stat().st_mtime
+        except FileNotFoundError:
+            return self._asked.get(folder)
+
+    def _note_request(self, folder: Path) -> None:
+        try:
+            (folder / _STOP_NOTE).touch()
+        except OSError:
+            self._asked[folder] = time.time()
+
+    def _spawn(self, folder: Path, index: int, port: int) -> int:
         env = dict(os.environ) | {
             "JOB_COMPLETION_INDEX": str(index),
-            "HEADRACE_SCRATCH": str(folder / f"scratch-{index}"),
+            SCRATCH: str(folder / f"scratch-{index}"),
             "HEADRACE_TERMINATION_FILE": str(folder / f"outcome-{index}.json"),
             "HEADRACE_MASTER_ADDR": "127.0.0.1",
             "HEADRACE_MASTER_PORT": str(port),
-            "HEADRACE_GRACE_SECONDS": str(_GRACE_SECONDS),
+            _GRACE: str(self.grace_seconds),
         }
         command = [sys.executable, "-m", "headrace_trainer.agent", str(folder / STAGE_FILE)]
         with (folder / f"agent-{index}.log").open("ab") as log:
             # A session of its own: Ctrl-C reaches only the command line, which stops agents in its own way.
-            agent = subprocess.Popen(
+            child = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self._children[agent.pid] = agent
-        return {"pid": agent.pid, "created": psutil.Process(agent.pid).create_time()}
+        self._children[child.pid] = child
+        return child.pid
 
     def _folder(self, stage: str, number: int) -> Path:
         return self.folder / f"{stage}-{number}"
 
 
-def _state(folder: Path, *, any_live: bool, ended: Sequence[Outcome]) -> AttemptState:
-    if any_live:
-        stopping = (folder / "stop-requested").exists()
-        return AttemptState.STOPPING if stopping else AttemptState.RUNNING
-    return AttemptState.SUCCEEDED if most_telling(ended) is None else AttemptState.FAILED
-
-
-def _processes(folder: Path) -> list[psutil.Process | None]:
-    """The agents of an attempt, by index; None for one that has ended. A process id that was given away does not count."""
+def _recorded(record: Path) -> dict[int, int]:
     try:
-        agents = json.loads((folder / "processes.json").read_text())
-    except FileNotFoundError:
-        return []
-    return [_alive(int(agent["pid"]), agent["created"]) for agent in agents]
+        return _pids.validate_json(record.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return {}
 
 
-def _alive(pid: int, created: float) -> psutil.Process | None:
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 1.0
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
+def _found(folder: Path) -> dict[int, int]:
+    return {index: process.pid for index, process in find_agents(folder).items()}
 
 
-def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+def _number(folder: Path, stage: str) -> int | None:
+    name = _FOLDER.match(folder.name)
+    return int(name["number"]) if name is not None and name["stage"] == stage else None
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
 
 
 def _outcome(folder: Path, index: int) -> Outcome:
-    try:
-        return Outcome.model_validate_json((folder / f"outcome-{index}.json").read_text())
-    except (FileNotFoundError, ValidationError):
-        message = f"the agent ended without a word; see {folder / f'agent-{index}.log'}"
-        return Outcome(fault=FaultClass.POD, reason="AgentVanished", message=message)
+    said = records.read_if_whole(folder / f"outcome-{index}.json", Outcome)
+    if said is not None:
+        return said
+    if shutil.disk_usage(folder).free < _NO_SPACE_BYTES:
+        message = f"{folder}: no space left on the device: free some"
+        return Outcome(fault=FaultClass.STORAGE, reason="NoSpace", message=message)
+    message = f"the agent ended without a word; see {folder / f'agent-{index}.log'}"
+    return Outcome(fault=FaultClass.POD, reason="AgentVanished", message=message)
 
 
-def _progress(folder: Path) -> Progress | None:
-    try:
-        return Progress.model_validate_json((folder / "progress.json").read_text())
-    except (FileNotFoundError, ValidationError):
-        return None
+def _ended_at(folder: Path) -> datetime:
+    """When an attempt of which nothing lives gave its last sign of life."""
+    signs = [*folder.glob("outcome-*.json"), *folder.glob("agent-*.log"), *folder.glob("*.json")]
+    return datetime.fromtimestamp(max(f.stat().st_mtime for f in signs), UTC)
 
 
 def _free_port() -> int:

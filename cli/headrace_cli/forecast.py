@@ -1,35 +1,123 @@
-"""``headrace plan``: what each stage would do and need, before anything is started."""
+"""``headrace plan``: what each stage would do and need, before anything is started.
 
+What is skipped is not guessed: the planner that ``headrace run`` obeys is asked, over and over, as if every stage that
+it starts succeeded at once.
+"""
+
+from dataclasses import replace
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from headrace_api.artifact import stage_hash
+from headrace_api.artifact import ARTIFACT_FILE, Artifact
+from headrace_api.contract import Progress, ResolvedStage
+from headrace_api.faults import FaultClass, Outcome
 from headrace_api.model import padded_vocab
+from headrace_api.people import people_bytes, people_count
 from headrace_api.planning import estimate_pretrain
-from headrace_api.run import Stage, StageState, TrainingRun
-from headrace_operator.brain.report import people_count
+from headrace_api.run import ConditionType, Stage, StageState, StageStatus, TrainingRun
+from headrace_api.stages import RunsAs
+from headrace_cli import records
+from headrace_cli.local import prepare
+from headrace_operator.brain.observed import LIVE, Attempt, AttemptState, Observed
+from headrace_operator.brain.plan import AttemptKey, plan
 
 _DEFAULT_VOCAB = 32_768
+_PLANS_PER_STAGE = 20
+"""Starting, finishing and waiting for a retry need a few; more means that the planner waits for what never comes."""
 
 
-def forecast(run: TrainingRun) -> list[dict[str, Any]]:
+class Action(StrEnum):
+    """What a run would do about a stage."""
+
+    SKIP = "skip"
+    """Its result is there and unchanged."""
+    RUN = "run"
+    KEEP = "keep"
+    """It runs already, and goes on."""
+    WAIT = "wait"
+    """The manifest asks for the run to be suspended."""
+
+
+def forecast(run: TrainingRun, observed: Observed) -> list[dict[str, Any]]:
     """One row a stage: whether it would run, its ranks, and for pretraining its arithmetic.
 
+    A stage that is made again from the same spec and inputs is taken to give the same result.
+
     Args:
-        run: the manifest, with the status of an earlier run where there is one.
+        run: the localized manifest, with the status of an earlier run where there is one.
+        observed: the attempts of that run.
     """
-    rows, unchanged = [], True
-    known = {s.name: s for s in run.status.stages}
-    for stage in run.spec.stages:
-        before = known.get(stage.name)
-        inputs = {slot: known[s].artifact for slot, s in stage.config.inputs().items() if s in known}
-        digests = {slot: ref.digest for slot, ref in inputs.items() if ref is not None}
-        same = before is not None and before.hash == stage_hash(stage.config, seed=run.spec.seed, inputs=digests)
-        unchanged = unchanged and same and before is not None and before.state is StageState.SUCCEEDED
-        action = "skip" if unchanged and stage.kind != "deploy" else "run"
-        rows.append({"stage": stage.name, "kind": stage.kind, "action": action, **_needs(run, stage)})
-    return rows
+    actions = _actions(run, observed)
+    return [
+        {"stage": s.name, "kind": s.kind, "action": actions[s.name].value, **_needs(run, s)} for s in run.spec.stages
+    ]
+
+
+def _actions(run: TrainingRun, observed: Observed) -> dict[str, Action]:
+    before = {s.name: s for s in run.status.stages}
+    world = {AttemptKey(stage=a.stage, number=a.number): a for a in observed.attempts}
+    actions: dict[str, Action] = {}
+    run, now = prepare(run, observed), observed.now
+    for _ in range(_PLANS_PER_STAGE * len(run.spec.stages)):
+        decided = plan(run, Observed(now=now, attempts=tuple(world.values())))
+        run = run.model_copy(update={"status": decided.status})
+        world |= {key: _stopped(world[key]) for key in decided.stop if key in world and world[key].state in LIVE}
+        begun = False
+        for resolved in decided.start:
+            key = AttemptKey(stage=resolved.stage.name, number=resolved.attempt)
+            lives, begun = key in world and world[key].state in LIVE, begun or key not in world
+            stored = None if lives else _in_storage(resolved)
+            if stored is None:
+                actions.setdefault(key.stage, Action.KEEP if lives else Action.RUN)
+            digest = stored.digest if stored is not None else _same_or_new(resolved, before.get(key.stage))
+            world[key] = _finished(resolved, observed, digest=digest)
+        if not begun and any(decided.status.condition(kind) for kind in ConditionType):
+            break
+        now += timedelta(seconds=decided.requeue_after_seconds or 0)
+    done = {s.name for s in run.status.stages if s.state is StageState.SUCCEEDED}
+    rest = {s.name: Action.SKIP if s.name in done else Action.WAIT for s in run.spec.stages}
+    return rest | actions
+
+
+def _stopped(attempt: Attempt) -> Attempt:
+    outcome = Outcome(fault=FaultClass.STOPPED, reason="Stopped")
+    return replace(attempt, state=AttemptState.FAILED, outcome=outcome)
+
+
+def _finished(resolved: ResolvedStage, observed: Observed, *, digest: str) -> Attempt:
+    """The attempt as it is when all went well: ended, or for a server answering."""
+    serves = resolved.stage.config.RUNS_AS is RunsAs.SERVICE
+    progress = Progress(stage=resolved.stage.name, attempt=resolved.attempt, endpoint="http://", time=observed.now)
+    return Attempt(
+        stage=resolved.stage.name,
+        number=resolved.attempt,
+        hash=resolved.hash,
+        state=AttemptState.RUNNING if serves else AttemptState.SUCCEEDED,
+        outcome=None if serves else Outcome(artifact_digest=digest),
+        progress=progress if serves else None,
+    )
+
+
+def _in_storage(resolved: ResolvedStage) -> Artifact | None:
+    """The stage's result, where an agent would find it too: another run, or one that was forgotten, left it there."""
+    if "://" in resolved.output_uri:
+        return None
+    try:
+        artifact = records.read_if_whole(Path(resolved.output_uri) / ARTIFACT_FILE, Artifact)
+    except OSError:
+        return None
+    return artifact if artifact is not None and artifact.hash == resolved.hash else None
+
+
+def _same_or_new(resolved: ResolvedStage, before: StageStatus | None) -> str:
+    """The digest that a stage's result will have: the one before, if it is made again from the same."""
+    if before is not None and before.hash == resolved.hash and before.artifact is not None:
+        return before.artifact.digest
+    return resolved.hash
 
 
 def _needs(run: TrainingRun, stage: Stage) -> dict[str, Any]:
@@ -68,9 +156,11 @@ def _vocab_size(run: TrainingRun) -> int:
 
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
     """The rows for people."""
-    out = Table(title=f"{name}: what a run would do", title_justify="left")
-    for column in ("stage", "kind", "action", "nodes", "ranks", "what it needs"):
-        out.add_column(column)
+    out = Table(title=f"{name}: what a run would do", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    out.add_column("stage", overflow="fold")
+    for column in ("kind", "action", "nodes", "ranks"):
+        out.add_column(column, no_wrap=True)
+    out.add_column("what it needs")
     for row in rows:
         out.add_row(row["stage"], row["kind"], row["action"], str(row["nodes"]), str(row["ranks"]), _prose(row))
     return out
@@ -81,7 +171,7 @@ def _prose(row: dict[str, Any]) -> str:
         return ""
     return (
         f"{row['layout']}; {people_count(row['parameters'])} parameters, {people_count(row['tokens'])} tokens "
-        f"({row['tokensPerParameter']:.1f} a parameter; about 20 is compute-optimal), {row['steps']} steps of "
+        f"({row['tokensPerParameter']:.1f} a parameter; about 20 is compute-optimal), {row['steps']:,} steps of "
         f"{people_count(row['tokensPerStep'])} tokens, {row['flops']:.2e} FLOPs, "
-        f"{people_count(row['stateBytesPerRank'])}B of state a rank, activations on top"
+        f"{people_bytes(row['stateBytesPerRank'])} of state a rank, activations on top"
     )

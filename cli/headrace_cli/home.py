@@ -1,28 +1,62 @@
 """Where a local run keeps its state: ``<home>/runs/<name>/``.
 
-``manifest.yaml`` what was asked for; ``status.json`` what the custom resource's ``.status`` would hold; ``attempts/``
-one folder an attempt; ``artifacts/`` the storage, unless the manifest names another.
+``manifest.yaml`` what was asked for, its paths absolute; ``status.json`` what the custom resource's ``.status`` would
+hold; ``attempts/`` one folder an attempt; ``artifacts/`` the storage, unless the manifest names another; ``lock`` held by
+the one process that works on the run.
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import shlex
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
+import psutil
 import yaml
-from pydantic import ValidationError
 
-from headrace_api.artifact import ARTIFACT_FILE, Artifact
-from headrace_api.errors import parse_run
-from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun, as_object
+from headrace_api.run import RunStatus, TrainingRun, as_object
+from headrace_cli import records
+from headrace_cli.problem import Problem
+from headrace_cli.processes import started
+
+HOME = Path(".headrace")
+"""Where local runs are kept if nobody says otherwise, below the current folder."""
+_FILE_ANNOTATION = "headrace.dev/file"
 
 
-class Busy(Exception):
+class Busy(Problem):
     """Another process works on the run."""
+
+
+class Gone(Problem):
+    """The run's folder was removed while this process worked on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What every command can say of a run, even of one that another version of Headrace wrote."""
+
+    name: str
+    kinds: dict[str, str] = field(default_factory=dict)
+    """Stage -> kind, in order; empty where the manifest was lost."""
+    file: str | None = None
+    """The manifest that the user named."""
+    uid: str | None = None
+    home: Path = HOME
+
+    @property
+    def command(self) -> str:
+        """What a user types to go on with the run."""
+        usual = Path(os.environ.get("HEADRACE_HOME", HOME)).resolve()
+        words = ["headrace", "run", self.file or "FILE"]
+        return shlex.join(words if self.home.resolve() == usual else [*words, "--home", str(self.home)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +64,11 @@ class RunFolder:
     """The state of one local run."""
 
     path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
 
     @property
     def attempts(self) -> Path:
@@ -43,77 +82,134 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether the run was ever started here."""
-        return (self.path / "manifest.yaml").exists()
+        return any((self.path / part).exists() for part in ("manifest.yaml", "status.json", "attempts"))
 
-    def load(self) -> TrainingRun:
-        """The run as it was last started, with its status."""
-        run = parse_run(yaml.safe_load((self.path / "manifest.yaml").read_text()))
-        return run.model_copy(update={"status": self.status()})
-
-    def save_manifest(self, run: TrainingRun) -> None:
-        """Keep what was asked for."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "manifest.yaml", yaml.safe_dump(as_object(run), sort_keys=False))
-
-    def status(self) -> RunStatus:
-        """The newest status; an empty one before the first."""
+    def outline(self) -> Outline:
+        """Name, stages and origin, from as much of ``manifest.yaml`` as can be read."""
         try:
-            return RunStatus.model_validate_json((self.path / "status.json").read_text())
-        except (FileNotFoundError, ValidationError):
-            return RunStatus()
-
-    def save_status(self, status: RunStatus) -> None:
-        """Replace the status."""
-        _write(self.path / "status.json", json.dumps(status.dump(), indent=1) + "\n")
+            manifest = yaml.safe_load((self.path / "manifest.yaml").read_text(encoding="utf-8"))
+            metadata = manifest["metadata"]
+            return Outline(
+                name=self.name,
+                home=self.path.parents[1],
+                kinds={str(s["name"]): _kind(s) for s in manifest["spec"]["stages"]},
+                file=metadata.get("annotations", {}).get(_FILE_ANNOTATION),
+                uid=metadata.get("uid"),
+            )
+        except (FileNotFoundError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            return Outline(name=self.name, home=self.path.parents[1])
 
     def uid(self) -> str:
-        """An identity that lasts as long as the folder."""
-        file = self.path / "uid"
-        if not file.exists():
-            _write(file, str(uuid.uuid4()))
-        return file.read_text()
+        """An identity that lasts as long as the manifest."""
+        return self.outline().uid or str(uuid.uuid4())
+
+    def save_manifest(self, run: TrainingRun, *, file: Path) -> None:
+        """Keep what was asked for, and which file that was."""
+        manifest = as_object(run)
+        manifest["metadata"]["annotations"] = {_FILE_ANNOTATION: str(file.absolute())}
+        records.write(self.path / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False), durable=True)
+
+    def status(self) -> RunStatus:
+        """The newest status; an empty one before the first.
+
+        Raises:
+            Damaged: ``status.json`` cannot be understood.
+        """
+        return records.read(self.path / "status.json", RunStatus) or RunStatus()
+
+    def status_if_whole(self) -> RunStatus:
+        """The newest status; an empty one where it was lost."""
+        return records.read_if_whole(self.path / "status.json", RunStatus) or RunStatus()
+
+    def save_status(self, status: RunStatus, *, durable: bool) -> None:
+        """Replace the status."""
+        records.write(self.path / "status.json", json.dumps(status.dump(), indent=1) + "\n", durable=durable)
+
+    def begun_at(self) -> datetime | None:
+        """When the run was last started."""
+        try:
+            return datetime.fromtimestamp((self.path / "manifest.yaml").stat().st_mtime, UTC)
+        except FileNotFoundError:
+            return None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator["Lock"]:
         """Hold the run for this process.
 
         Raises:
             Busy: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
+        with (self.path / "lock").open("ab") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise Busy(f"{self.path.name}: another headrace process is running it") from error
-            yield
+                raise self._busy() from error
+            lock = Lock(folder=self, file=file)
+            lock.sign(f"{os.getpid()} {started(psutil.Process())}")
+            try:
+                yield lock
+            finally:
+                lock.sign("")
+
+    def holder(self) -> psutil.Process | None:
+        """The process that works on the run."""
+        try:
+            pid, when = (self.path / "lock").read_text().split()
+            process = psutil.Process(int(pid))
+            return process if started(process) == when and process.status() != psutil.STATUS_ZOMBIE else None
+        except (FileNotFoundError, ValueError, psutil.Error):
+            return None
+
+    def _busy(self) -> Busy:
+        holder = self.holder()
+        who = f"process {holder.pid}" if holder is not None else "a process that is not seen from here"
+        return Busy(f"{self.name}: another headrace process is running it, {who}; headrace stop {self.name} stops it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """A run that this process holds."""
+
+    folder: RunFolder
+    file: IO[bytes]
+
+    def check(self) -> None:
+        """Do nothing while the folder is the one that was locked.
+
+        Raises:
+            Gone: it was removed; another process may hold a new one.
+        """
+        try:
+            same = os.path.samestat(os.fstat(self.file.fileno()), (self.folder.path / "lock").stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise Gone(f"{self.folder.path}: was removed while the run used it; its processes were ended")
+
+    def sign(self, text: str) -> None:
+        """Say who holds the lock. On a full disk that stays unknown, and the lock holds all the same."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.file.fileno(), 0)
+            os.pwrite(self.file.fileno(), text.encode(), 0)
 
 
 def run_folder(home: Path, name: str) -> RunFolder:
     """The folder of a run of this name."""
-    return RunFolder(path=home.absolute() / "runs" / name)
+    return RunFolder(path=home.resolve() / "runs" / name)
 
 
-def forget_missing_artifacts(run: TrainingRun) -> TrainingRun:
-    """The run without the results that are no longer in its storage, so that their stages run again.
-
-    Only a directory is looked at; what is in S3 is verified by the stage that reads it.
-    """
-    stages = [s if _is_there(s) else StageStatus(name=s.name, attempt=s.attempt) for s in run.status.stages]
-    return run.model_copy(update={"status": run.status.model_copy(update={"stages": stages})})
-
-
-def _is_there(status: StageStatus) -> bool:
-    if status.state is not StageState.SUCCEEDED or status.artifact is None or "://" in status.artifact.uri:
-        return True
+def run_folders(home: Path) -> list[RunFolder]:
+    """Every run of a home, the newest first."""
     try:
-        text = (Path(status.artifact.uri) / ARTIFACT_FILE).read_text()
-        return Artifact.model_validate_json(text).digest == status.artifact.digest
-    except (OSError, ValidationError):
-        return False
+        paths = list((home.resolve() / "runs").iterdir())
+    except FileNotFoundError:
+        return []
+    found = [f for path in paths if (f := RunFolder(path=path)).exists()]
+    earliest = datetime.fromtimestamp(0, UTC)
+    return sorted(found, key=lambda f: f.begun_at() or earliest, reverse=True)
 
 
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text)
-    staged.replace(path)
+def _kind(stage: dict[str, Any]) -> str:
+    """The kind of a stage as written, be it one that this version does not know."""
+    return next((str(key) for key in stage if key not in ("name", "compute")), "?")

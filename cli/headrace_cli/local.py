@@ -1,10 +1,11 @@
 """The local body: the planner's plans carried out with processes and a directory.
 
-``run_locally`` observes, plans, writes the status, starts and stops, until the run is complete, failed or suspended.
+``LocalBody.go`` observes, plans, writes the status, starts and stops, until the run is complete, failed or suspended.
+``prepare`` says what running a run again means; ``headrace plan`` shares it.
 """
 
+import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,20 +14,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from headrace_api.run import ConditionType, RunStatus, StageState, TrainingRun
+from pydantic import ValidationError
+
+from headrace_api.artifact import ARTIFACT_FILE, Artifact
+from headrace_api.errors import parse_run
+from headrace_api.run import ConditionType, RunStatus, StageState, StageStatus, TrainingRun
 from headrace_cli.attempts import LocalAttempts
-from headrace_cli.home import RunFolder, forget_missing_artifacts
-from headrace_operator.brain.observed import Observed
-from headrace_operator.brain.plan import Event, Plan, plan
+from headrace_cli.home import Gone, Lock, RunFolder
+from headrace_operator.brain.observed import LIVE, Observed
+from headrace_operator.brain.plan import AttemptKey, Event, Plan, plan
 
 _TICK_SECONDS = 0.2
+
+_SUSPENDING = Event(type="Normal", reason="Suspending", message="after a checkpoint; Ctrl-C again ends it at once")
 
 Watcher = Callable[[TrainingRun, tuple[Event, ...]], None]
 """Told of every new status, and of the events that led to it."""
 
 
 def localize(run: TrainingRun, *, manifest: Path, folder: RunFolder) -> TrainingRun:
-    """The run with relative paths made absolute, beside its manifest, and with a default storage."""
+    """The run with relative paths made absolute, beside its manifest, with a default storage and its last status.
+
+    Raises:
+        ManifestError: a path is too long once it is absolute.
+    """
     base = manifest.absolute().parent
     value = run.dump()
     for stage in value["spec"]["stages"]:
@@ -35,7 +46,7 @@ def localize(run: TrainingRun, *, manifest: Path, folder: RunFolder) -> Training
     storage = value["spec"].setdefault("storage", {})
     storage["uri"] = _absolute(storage["uri"], base) if "uri" in storage else str(folder.artifacts)
     value["metadata"]["uid"] = folder.uid()
-    return TrainingRun.model_validate(value).model_copy(update={"status": folder.status()})
+    return parse_run(value).model_copy(update={"status": folder.status_if_whole()})
 
 
 def _sources(stage: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,84 +59,55 @@ def _absolute(uri: str, base: Path) -> str:
     return uri if "://" in uri else str((base / Path(uri).expanduser()).resolve())
 
 
-@dataclass(kw_only=True)
-class LocalBody:
-    """One run on this machine."""
-
-    run: TrainingRun
-    folder: RunFolder
-    watch: Watcher
-    attempts: LocalAttempts = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.attempts = LocalAttempts(folder=self.folder.attempts)
-
-    def go(self, *, suspend: threading.Event) -> RunStatus:
-        """Work until the run is complete, failed or suspended.
-
-        Args:
-            suspend: set it to stop after a checkpoint.
-        """
-        self.run = self._with_fresh_budgets(forget_missing_artifacts(self.run))
-        while True:
-            if suspend.is_set() and not self.run.spec.suspend:
-                spec = self.run.spec.model_copy(update={"suspend": True})
-                self.run = self.run.model_copy(update={"spec": spec})
-            decided = self.step()
-            if _at_rest(self.run.status) and not decided.start_is_new:
-                return self.run.status
-            time.sleep(_TICK_SECONDS)
-
-    def step(self) -> "Step":
-        """Observe, plan, carry out."""
-        observed = Observed(now=datetime.now(UTC), attempts=self.attempts.observe())
-        decided = plan(self.run, observed)
-        self._keep(decided)
-        known = {(a.stage, a.number) for a in observed.attempts}
-        for key in decided.stop:
-            self.attempts.stop(key.stage, key.number)
-        for resolved in decided.start:
-            self.attempts.start(resolved)
-        return Step(start_is_new=any((r.stage.name, r.attempt) not in known for r in decided.start))
-
-    def _keep(self, decided: Plan) -> None:
-        if decided.status != self.run.status:
-            self.run = self.run.model_copy(update={"status": decided.status})
-            self.folder.save_status(decided.status)
-        self.watch(self.run, decided.events)
-
-    def _with_fresh_budgets(self, run: TrainingRun) -> TrainingRun:
-        """Running a failed run again means: try again. Suspending is what gives a failed stage its budgets back."""
-        if not any(s.state is StageState.FAILED for s in run.status.stages):
-            return run
-        spec = run.spec.model_copy(update={"suspend": True})
-        observed = Observed(now=datetime.now(UTC), attempts=self.attempts.observe())
-        status = plan(run.model_copy(update={"spec": spec}), observed).status
-        return run.model_copy(update={"status": status})
+def prepare(run: TrainingRun, observed: Observed) -> TrainingRun:
+    """The run as a new ``headrace run`` takes it up: results that were removed are made again, and a failed run gets its
+    budgets back, because running it again means: try again."""
+    stages = [s if _is_there(s) else StageStatus(name=s.name, attempt=s.attempt) for s in run.status.stages]
+    run = _with_status(run, run.status.model_copy(update={"stages": stages}))
+    if not any(s.state is StageState.FAILED for s in stages):
+        return run
+    # Suspending is what gives a failed stage its budgets back.
+    return _with_status(run, plan(_suspended(run), observed).status)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a step of the body did."""
+def _is_there(status: StageStatus) -> bool:
+    """Whether a result is in its storage. Only a directory is looked at; what is in S3 is verified by its readers."""
+    if status.state is not StageState.SUCCEEDED or status.artifact is None or "://" in status.artifact.uri:
+        return True
+    try:
+        text = (Path(status.artifact.uri) / ARTIFACT_FILE).read_text()
+        return Artifact.model_validate_json(text).digest == status.artifact.digest
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return False
 
-    start_is_new: bool
 
+@dataclass
+class Interrupts:
+    """What the user has asked for while a run goes on."""
 
-def _at_rest(status: RunStatus) -> bool:
-    return any(status.condition(kind) for kind in ConditionType)
+    suspend: bool = False
+    """Stop after a checkpoint."""
+    at_once: bool = False
+    """Stop without one."""
 
 
 @contextmanager
-def interrupt_suspends() -> Iterator[threading.Event]:
-    """While the block runs, Ctrl-C and SIGTERM set the event; a second Ctrl-C is an ordinary one."""
-    asked = threading.Event()
+def interrupts() -> Iterator[Interrupts]:
+    """While the block runs, Ctrl-C, SIGTERM and a closed terminal suspend; a second Ctrl-C ends everything at once."""
+    asked, presses = Interrupts(), 0
+    terminals = [stream for stream in range(3) if os.isatty(stream)]
 
-    def ask(*_: object) -> None:
-        if asked.is_set():
+    def ask(number: int, _: object) -> None:
+        nonlocal presses
+        presses += number == signal.SIGINT
+        if presses > 2:
             raise KeyboardInterrupt
-        asked.set()
+        if number == signal.SIGHUP:
+            _leave(terminals)
+        asked.suspend, asked.at_once = True, presses == 2
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    watched = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if not _nohup(s)]
+    before = {s: signal.signal(s, ask) for s in watched}
     try:
         yield asked
     finally:
@@ -133,19 +115,92 @@ def interrupt_suspends() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def stop_all(folder: RunFolder, *, timeout: float) -> int:
-    """Stop whatever of a run still lives, servers included.
+def _nohup(number: signal.Signals) -> bool:
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
-    Returns:
-        The number of attempts that were stopped.
-    """
-    attempts, stopped = LocalAttempts(folder=folder.attempts), set()
-    deadline = time.monotonic() + timeout
-    while live := [a for a in attempts.observe() if a.outcome is None]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{folder.path.name}: {len(live)} attempts did not stop in {timeout:.0f} s")
-        for attempt in live:
-            stopped.add((attempt.stage, attempt.number))
-            attempts.stop(attempt.stage, attempt.number)
-        time.sleep(_TICK_SECONDS)
-    return len(stopped)
+
+def _leave(terminals: list[int]) -> None:
+    """A terminal that was closed cannot be written to any more, and that must not fail the run."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in terminals:
+        os.dup2(nowhere, stream)
+
+
+@dataclass(kw_only=True)
+class LocalBody:
+    """One run on this machine."""
+
+    run: TrainingRun
+    folder: RunFolder
+    lock: Lock
+    watch: Watcher
+    attempts: LocalAttempts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.attempts = LocalAttempts(folder=self.folder.attempts)
+
+    def go(self, asked: Interrupts) -> RunStatus:
+        """Work until the run is complete, failed or suspended. Whatever else ends it, no process is left behind.
+
+        Raises:
+            Gone: the run's folder was removed.
+            OSError: the status or a record of an attempt cannot be written.
+        """
+        try:
+            return self._work(asked)
+        except BaseException as error:
+            hopeless = isinstance(error, Gone | KeyboardInterrupt)
+            self.attempts.end_all(at_once=lambda: hopeless or asked.at_once)
+            raise
+
+    def _work(self, asked: Interrupts) -> RunStatus:
+        self.run = prepare(self.run, self._observe())
+        while True:
+            if asked.at_once:
+                self.attempts.end_all(at_once=lambda: True)
+            if asked.suspend and not self.run.spec.suspend:
+                self.run = _suspended(self.run)
+                self.watch(self.run, (_SUSPENDING,))
+            if self._step():
+                return self.run.status
+            time.sleep(_TICK_SECONDS)
+
+    def _step(self) -> bool:
+        """Observe, plan, carry out.
+
+        Returns:
+            Whether the run is at rest: nothing was started, nothing has to be stopped, and nothing more would be.
+        """
+        self.lock.check()
+        observed = self._observe()
+        decided = plan(self.run, observed)
+        self._keep(decided)
+        self.attempts.enforce(observed.attempts)
+        for key in decided.stop:
+            self.attempts.stop(key.stage, key.number)
+        for resolved in decided.start:
+            self.attempts.start(resolved)
+        known = {AttemptKey(stage=a.stage, number=a.number): a.state in LIVE for a in observed.attempts}
+        started = any(AttemptKey(stage=r.stage.name, number=r.attempt) not in known for r in decided.start)
+        stopping = any(known.get(key, False) for key in decided.stop)
+        return not started and not stopping and any(self.run.status.condition(kind) for kind in ConditionType)
+
+    def _observe(self) -> Observed:
+        return Observed(now=datetime.now(UTC), attempts=self.attempts.observe())
+
+    def _keep(self, decided: Plan) -> None:
+        before = self.run.status
+        if decided.status != before:
+            self.run = _with_status(self.run, decided.status)
+            # Progress is worth less than the wait for a disk.
+            durable = (before.stages, before.conditions) != (decided.status.stages, decided.status.conditions)
+            self.folder.save_status(decided.status, durable=durable)
+        self.watch(self.run, decided.events)
+
+
+def _suspended(run: TrainingRun) -> TrainingRun:
+    return run.model_copy(update={"spec": run.spec.model_copy(update={"suspend": True})})
+
+
+def _with_status(run: TrainingRun, status: RunStatus) -> TrainingRun:
+    return run.model_copy(update={"status": status})

@@ -1,31 +1,47 @@
-"""The commands. Each is thin: read, call one module, print, and exit with 0 (complete), 1 (failed) or 2 (invalid)."""
+"""The commands. Each is thin: read, call one module, print. ``main`` is the one boundary for errors (``problem.py``)."""
 
 import json
-import shutil
+import os
 import sys
-import time
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+import yaml
+from rich.console import Console, RenderableType
 
 from headrace_api.errors import ManifestError, load_run
 from headrace_api.run import ConditionType, RunStatus, StageState, TrainingRun
 from headrace_cli import forecast, view
-from headrace_cli.ask import AskError, ask
-from headrace_cli.home import Busy, RunFolder, run_folder
-from headrace_cli.local import LocalBody, interrupt_suspends, localize, stop_all
-
-EXIT_FAILED, EXIT_INVALID, EXIT_SUSPENDED = 1, 2, 130
+from headrace_cli.ask import ask, find_server
+from headrace_cli.attempts import LocalAttempts
+from headrace_cli.home import HOME, RunFolder, run_folder, run_folders
+from headrace_cli.live import look
+from headrace_cli.local import LocalBody, interrupts, localize
+from headrace_cli.logs import read_logs
+from headrace_cli.problem import ExitCode, Problem, explain
+from headrace_cli.records import Damaged
+from headrace_cli.stop import stop_run
+from headrace_operator.brain.observed import Observed
 
 app = typer.Typer(
-    name="headrace", no_args_is_help=True, add_completion=False, help="From raw text to a served language model.",
+    name="headrace", no_args_is_help=True, help="From raw text to a served language model.",
     pretty_exceptions_enable=False,
 )  # fmt: skip
 _PLAIN_WIDTH = 140
 """Columns of a table that goes to a file or a pipe."""
+
+
+class Output(StrEnum):
+    """How a command prints what it found."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
 
 
 def _console(*, stderr: bool) -> Console:
@@ -35,67 +51,97 @@ def _console(*, stderr: bool) -> Console:
 
 out, err = _console(stderr=False), _console(stderr=True)
 
+
+def _names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The runs that a shell offers for NAME."""
+    home = Path(ctx.params.get("home") or os.environ.get("HEADRACE_HOME") or HOME)
+    return [folder.name for folder in run_folders(home) if folder.name.startswith(incomplete)]
+
+
 Manifest = Annotated[Path, typer.Argument(help="A YAML file with one TrainingRun.", metavar="FILE")]
 Home = Annotated[Path, typer.Option(envvar="HEADRACE_HOME", help="Where local runs keep their state.")]
-Name = Annotated[str, typer.Argument(help="The run's name.", metavar="NAME")]
-Output = Annotated[str, typer.Option("-o", "--output", help="table or json.")]
-
-_HOME = Path(".headrace")
+Name = Annotated[str, typer.Argument(help="The run's name.", metavar="NAME", autocompletion=_names)]
+Format = Annotated[Output, typer.Option("-o", "--output", help="How to print it.")]
 
 
-def _invalid(error: Exception) -> NoReturn:
-    problems = error.problems if isinstance(error, ManifestError) else [str(error)]
-    for problem in problems:
-        err.print(f"error: {problem}", markup=False, soft_wrap=True)
-    raise typer.Exit(EXIT_INVALID)
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"headrace {metadata.version('headrace')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """From raw text to a served language model."""
 
 
 def _load(file: Path) -> TrainingRun:
+    """The manifest; whatever is wrong with it is the manifest's fault."""
     try:
         return load_run(file)
-    except ManifestError as error:
-        _invalid(error)
+    except ManifestError:
+        raise
+    except Exception as error:
+        raise ManifestError([f"{file}: cannot be read as a manifest: {type(error).__name__}: {error}"]) from error
 
 
 def _known(home: Path, name: str) -> RunFolder:
     folder = run_folder(home, name)
-    if not folder.exists():
-        _invalid(
-            ValueError(f"{name}: no run of this name under {home}; start one with `headrace run FILE`, or set --home")
-        )
+    if Path(name).name != name or not folder.exists():
+        raise Problem(f"{name}: no run of this name under {home}; start one with `headrace run FILE`, or set --home")
     return folder
 
 
+def _print(value: Any, table: RenderableType, *, output: Output) -> None:
+    match output:
+        case Output.JSON:
+            print(json.dumps(value, indent=1))
+        case Output.YAML:
+            print(yaml.safe_dump(value, sort_keys=False), end="")
+        case Output.TABLE:
+            out.print(table)
+
+
 @app.command()
-def run(file: Manifest, home: Home = _HOME) -> None:
+def run(file: Manifest, home: Home = HOME) -> None:
     """Run a manifest on this machine; a run that was interrupted goes on where it was."""
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
-    try:
-        with folder.locked():
-            folder.save_manifest(manifest)
-            local = localize(manifest, manifest=file, folder=folder)
-            with view.RunView(err) as watch, interrupt_suspends() as suspend:
-                body = LocalBody(run=local, folder=folder, watch=watch)
-                status = body.go(suspend=suspend)
-    except Busy as error:
-        _invalid(error)
+    with interrupts() as asked, folder.locked() as lock:
+        local = localize(manifest, manifest=file, folder=folder)
+        _warn_of_damage(folder)
+        folder.save_manifest(local, file=file)
+        with view.RunView(err) as watch:
+            body = LocalBody(run=local, folder=folder, lock=lock, watch=watch)
+            status = body.go(asked)
     _conclude(body.run, status)
+
+
+def _warn_of_damage(folder: RunFolder) -> None:
+    try:
+        folder.status()
+    except Damaged as error:
+        err.print(f"warning: {error}; results are looked for in storage", markup=False, soft_wrap=True)
 
 
 def _conclude(finished: TrainingRun, status: RunStatus) -> NoReturn:
     """Print how the run ended and leave with its exit code."""
-    out.print(view.summary_table(finished))
+    kinds = {stage.name: stage.kind for stage in finished.spec.stages}
+    out.print(view.summary_view(finished.metadata.name, kinds, status, now=datetime.now(UTC)))
     if status.condition(ConditionType.FAILED):
         failed = next(s for s in status.stages if s.state is StageState.FAILED)
         err.print(f"error: {failed.name}: {failed.reason}: {failed.message}", markup=False, soft_wrap=True)
         err.print(f"The log: headrace logs {finished.metadata.name} --stage {failed.name}", markup=False)
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(ExitCode.FAILED)
     if status.condition(ConditionType.SUSPENDED):
         err.print("Suspended; run the same command again to go on.")
-        raise typer.Exit(EXIT_SUSPENDED)
+        raise typer.Exit(ExitCode.SUSPENDED)
     _print_results(finished)
-    raise typer.Exit(0)
+    raise typer.Exit(ExitCode.COMPLETE)
 
 
 def _print_results(finished: TrainingRun) -> None:
@@ -119,85 +165,86 @@ def validate(file: Manifest) -> None:
 
 
 @app.command()
-def plan(file: Manifest, home: Home = _HOME, output: Output = "table") -> None:
+def plan(file: Manifest, home: Home = HOME, output: Format = Output.TABLE) -> None:
     """Show what a run would do and need; nothing is started."""
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
-    rows = forecast.forecast(localize(manifest, manifest=file, folder=folder) if folder.exists() else manifest)
-    if output == "json":
-        print(json.dumps(rows, indent=1))
-    else:
-        out.print(forecast.table(manifest.metadata.name, rows))
+    _warn_of_damage(folder)
+    attempts = LocalAttempts(folder=folder.attempts).observe()
+    observed = Observed(now=datetime.now(UTC), attempts=attempts)
+    rows = forecast.forecast(localize(manifest, manifest=file, folder=folder), observed)
+    _print(rows, forecast.table(manifest.metadata.name, rows), output=output)
 
 
 @app.command()
-def status(name: Name, home: Home = _HOME, output: Output = "table") -> None:
+def status(name: Name, home: Home = HOME, output: Format = Output.TABLE) -> None:
     """Show how far a local run is."""
-    stored = _known(home, name).load()
-    if output == "json":
-        print(json.dumps(stored.status.dump(), indent=1))
-        return
-    out.print(view.summary_table(stored))
-    if line := view.progress_line(stored.status):
-        out.print(line, markup=False)
+    seen = look(_known(home, name))
+    table = view.summary_view(name, seen.outline.kinds, seen.status, now=datetime.now(UTC))
+    _print(seen.status.dump(), table, output=output)
+    if output is Output.TABLE:
+        for line in view.status_notes(seen):
+            out.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def ls(home: Home = HOME, output: Format = Output.TABLE) -> None:
+    """List the local runs, the newest first."""
+    rows = [_row(folder) for folder in run_folders(home)]
+    if not rows:
+        err.print(f"No run under {home}; start one with `headrace run FILE`, or set --home", soft_wrap=True)
+    _print(rows, view.runs_table(rows, now=datetime.now(UTC)), output=output)
+
+
+def _row(folder: RunFolder) -> dict[str, str]:
+    begun = folder.begun_at()
+    when = {"begunAt": begun.isoformat(timespec="seconds") if begun is not None else ""}
+    try:
+        found = look(folder).status
+    except Damaged:
+        return {"name": folder.name, "state": "Damaged", "stage": "", "progress": "", **when}
+    shown = {"state": found.summary or "Pending", "stage": found.stage or "", "progress": found.progress or ""}
+    return {"name": folder.name, **shown, **when}
 
 
 @app.command()
 def logs(
     name: Name,
-    home: Home = _HOME,
+    home: Home = HOME,
     stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on while more is written.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
 ) -> None:
     """Print what the newest attempt of each stage wrote."""
     folder = _known(home, name)
-    stored = folder.load()
-    names = [s.name for s in stored.spec.stages]
-    if stage is not None and stage not in names:
-        _invalid(ValueError(f"--stage: {stage!r}: no such stage in {name}; choose one of {', '.join(names)}"))
-    newest = {s.name: s.attempt for s in stored.status.stages}
-    paths = [
-        p
-        for s in names
-        if stage in (None, s)
-        for p in sorted((folder.attempts / f"{s}-{newest.get(s, 0)}").glob("agent-*.log"))
-    ]
-    for path in paths:
-        out.print(f"==> {path.parent.name} {path.stem} <==", style="bold", markup=False)
-        with path.open("r", errors="replace") as log:
-            shutil.copyfileobj(log, sys.stdout)
-            while follow and path == paths[-1]:
-                shutil.copyfileobj(log, sys.stdout)
-                sys.stdout.flush()
-                time.sleep(0.5)
+    names = list(folder.outline().kinds)
+    if stage is not None and names and stage not in names:
+        raise Problem(f"--stage: {stage!r}: no such stage in {name}; choose one of {', '.join(names)}")
+    title = None
+    for piece in read_logs(folder, stage=stage, follow=follow):
+        if piece.title != title:
+            title = piece.title
+            out.print(f"==> {title} <==", style="bold", markup=False)
+        sys.stdout.buffer.write(piece.content)
+        sys.stdout.flush()
 
 
 @app.command()
-def stop(name: Name, home: Home = _HOME) -> None:
-    """Stop what a local run left running, its server included."""
+def stop(name: Name, home: Home = HOME) -> None:
+    """Stop a run after a checkpoint, its server included; also one that runs in another terminal."""
     folder = _known(home, name)
-    try:
-        with folder.locked():
-            stopped = stop_all(folder, timeout=150)
-    except (Busy, TimeoutError) as error:
-        _invalid(error)
-    out.print(f"{name}: stopped {stopped} of its attempts" if stopped else f"{name}: nothing was running")
+    stopped = stop_run(folder)
+    said = ", ".join(f"{a.stage} (attempt {a.number})" for a in stopped)
+    out.print(f"{name}: stopped {said}" if stopped else f"{name}: nothing was running", soft_wrap=True)
 
 
 @app.command(name="ask")
 def ask_command(
-    name: Name, prompt: Annotated[str, typer.Argument(help="The text to continue.")], home: Home = _HOME,
+    name: Name, prompt: Annotated[str, typer.Argument(help="The text to continue.")], home: Home = HOME,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
 ) -> None:  # fmt: skip
     """Have the served model continue a text."""
-    endpoint = _known(home, name).load().status.endpoint
-    if endpoint is None:
-        _invalid(ValueError(f"{name}: serves no model; add a deploy stage, or run it again"))
-    try:
-        answer = ask(endpoint, prompt, max_tokens=max_tokens)
-    except AskError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(EXIT_FAILED) from error
+    folder = _known(home, name)
+    answer = ask(find_server(folder, look(folder)), prompt, max_tokens=max_tokens)
     out.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
     out.print(answer, markup=False, soft_wrap=True)
 
@@ -209,12 +256,24 @@ def init(
 ) -> None:
     """Write a manifest to start from."""
     if file.exists():
-        _invalid(ValueError(f"{file}: exists; name another file"))
+        raise Problem(f"{file}: exists; name another file")
     template = (files("headrace_cli") / "templates" / "run.yaml").read_text()
     file.write_text(template.replace("TEXT", json.dumps(text)))
     out.print(f"Wrote {file}. Next: headrace plan {file}; headrace run {file}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """The entry point of the ``headrace`` command."""
-    app()
+    """The entry point of the ``headrace`` command: every error becomes lines for people and an exit code."""
+    try:
+        app()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is still buffered must not fail at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.FAILED)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.SUSPENDED)
+    except Exception as error:
+        problems, code = explain(error)
+        for problem in problems:
+            err.print(f"error: {problem}", markup=False, soft_wrap=True)
+        sys.exit(code)

@@ -1,33 +1,50 @@
-"""What people see: a live table on a terminal, plain lines elsewhere, and the tables of ``status`` and of the end."""
+"""What people see: a live table on a terminal, plain lines elsewhere, and the tables of ``status``, ``ls`` and of the end.
+
+A table that is too wide for its console has another form, in which no figure is cut.
+"""
 
 import time
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
+from headrace_api.people import people_bytes, people_count, people_time
+from headrace_api.run import ConditionType, RunStatus, StageState, StageStatus, TrainingRun
+from headrace_cli.live import INTERRUPTED, Seen
+from headrace_operator.brain.active_time import active_seconds
 from headrace_operator.brain.plan import Event
-from headrace_operator.brain.report import people_count, people_time
 
 _PLAIN_SECONDS = 10.0
+_UNBOUNDED = 10_000
+_FIGURES = {
+    "loss": ("loss", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
+}
+"""What people call a metric -> its key, and how it is written."""
 _MARKS = {
-    StageState.PENDING: "[dim]·[/]",
-    StageState.WAITING: "[yellow]·[/]",
-    StageState.STARTING: "[dim]▶[/]",
-    StageState.RUNNING: "[cyan]▶[/]",
-    StageState.STOPPING: "[yellow]■[/]",
-    StageState.SUSPENDED: "[yellow]‖[/]",
-    StageState.SUCCEEDED: "[green]✔[/]",
-    StageState.FAILED: "[red]✘[/]",
+    StageState.PENDING: ("·", "dim"),
+    StageState.WAITING: ("·", "yellow"),
+    StageState.STARTING: ("▶", "dim"),
+    StageState.RUNNING: ("▶", "cyan"),
+    StageState.STOPPING: ("■", "yellow"),
+    StageState.SUSPENDED: ("‖", "yellow"),
+    StageState.SUCCEEDED: ("✔", "green"),
+    StageState.FAILED: ("✘", "red"),
 }
 
 
 class RunView:
-    """Follows one run. Use as a context manager; it is the local body's watcher."""
+    """Follows one run. Use as a context manager; it is the local body's watcher.
+
+    A terminal or a pipe that has gone must not end the run: nothing more is shown then.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -41,18 +58,20 @@ class RunView:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with _tolerant(self._console):
+                self._live.stop()
 
     def __call__(self, run: TrainingRun, events: tuple[Event, ...]) -> None:
-        for event in events:
-            style = "red" if event.type == "Warning" else "bold"
-            # One print: a live table below would overwrite a line that is not ended.
-            line = Text.assemble(f"{datetime.now():%H:%M:%S} ", (event.reason, style), f" {event.message}")
-            self._console.print(line, soft_wrap=True)
-        if self._live is not None:
-            self._live.update(live_table(run))
-        else:
-            self._plain(run.status)
+        with _tolerant(self._console):
+            for event in events:
+                style = "red" if event.type == "Warning" else "bold"
+                # One print: a live table below would overwrite a line that is not ended.
+                line = Text.assemble(f"{datetime.now():%H:%M:%S} ", (event.reason, style), f" {event.message}")
+                self._console.print(line, soft_wrap=True)
+            if self._live is not None:
+                self._live.update(live_view(run, now=datetime.now(UTC)))
+            else:
+                self._plain(run.status)
 
     def _plain(self, status: RunStatus) -> None:
         """A line when the phase changes, and every few seconds while it lasts."""
@@ -62,6 +81,27 @@ class RunView:
             return
         self._last_line = (phase, now)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _tolerant(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        console.quiet = True
+
+
+class Fitting:
+    """The first of several forms that is not wider than the console; the last one where none is."""
+
+    def __init__(self, *forms: RenderableType) -> None:
+        self._forms = forms
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unbounded = options.update(width=_UNBOUNDED)
+        widths = (console.measure(form, options=unbounded).maximum for form in self._forms)
+        fitting = (form for form, width in zip(self._forms, widths, strict=True) if width <= options.max_width)
+        yield next(fitting, self._forms[-1])
 
 
 def progress_line(status: RunStatus) -> str:
@@ -79,68 +119,128 @@ def progress_line(status: RunStatus) -> str:
     return "  ".join(p for p in parts if p)
 
 
-def live_table(run: TrainingRun) -> Table:
-    """Every stage, and how far the running one is."""
-    table = Table(
-        title=f"{run.metadata.name}  {run.status.summary or ''}", title_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
-    for column in ("", "stage", "kind", "done", "", "loss", "tokens/s", "ETA", "now"):
-        table.add_column(column)
-    for stage, status in zip(run.spec.stages, run.status.stages, strict=False):
-        running = status.name == run.status.stage and status.state is not StageState.SUCCEEDED
-        cells = _running_cells(run.status) if running else ("", "", "", "", "", _ended(status))
-        table.add_row(_MARKS[status.state], status.name, stage.kind, *cells)
+def live_view(run: TrainingRun, *, now: datetime) -> RenderableType:
+    """Every stage, how far the running one is, and what it does."""
+    kinds = {stage.name: stage.kind for stage in run.spec.stages}
+    doing = run.status.phase_message
+    table = Fitting(*(_live_table(run.metadata.name, kinds, run.status, now=now, wide=wide) for wide in (True, False)))
+    return Group(table, Text(f"{run.status.stage}: {doing}", style="dim")) if doing else table
+
+
+def _live_table(name: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime, wide: bool) -> Table:
+    table = _plain_table(f"{name}  {status.summary or ''}")
+    table.add_column("")
+    table.add_column("stage", overflow="fold")
+    if wide:
+        table.add_column("kind")
+    for column in ("done", "", "loss", "tokens/s", "ETA", "time"):
+        table.add_column(column, no_wrap=True)
+    for stage in status.stages:
+        running = stage.name == status.stage and stage.state is not StageState.SUCCEEDED
+        kind = (kinds.get(stage.name, ""),) if wide else ()
+        cells = _running_cells(status, wide=wide) if running else ("",) * 5
+        ended = stage.reason or "" if stage.state is StageState.FAILED else _time(stage, now=now)
+        table.add_row(Text(*_MARKS[stage.state]), stage.name, *kind, *cells, ended)
     return table
 
 
-def _running_cells(status: RunStatus) -> tuple[str | ProgressBar, ...]:
-    part = int(status.progress.rstrip("%")) if status.progress else None
-    bar: str | ProgressBar = ProgressBar(total=100, completed=part, width=20) if part is not None else ""
-    shown = (status.loss, status.tokens_per_second, status.eta, status.phase_message)
-    return (status.step or "", bar, *(value or "" for value in shown))
+def _running_cells(status: RunStatus, *, wide: bool) -> tuple[RenderableType, ...]:
+    part: RenderableType = status.progress or ""
+    if wide and status.progress:
+        part = ProgressBar(total=100, completed=int(status.progress.rstrip("%")), width=20)
+    return (status.step or "", part, status.loss or "", status.tokens_per_second or "", status.eta or "")
 
 
-def _ended(status: StageStatus) -> str:
-    if status.state is StageState.FAILED:
-        return f"{status.reason}"
-    return people_time(seconds_of(status)) or "" if status.state is StageState.SUCCEEDED else ""
+def status_notes(seen: Seen) -> list[str]:
+    """What is to be said of a run below its table."""
+    notes = [line] if (line := progress_line(seen.status)) else []
+    under_way = not any(seen.status.condition(kind) for kind in ConditionType)
+    if seen.status.summary == INTERRUPTED:
+        notes.append(f"No process works on it: {seen.outline.command} goes on where it was.")
+    elif under_way and not seen.attended:
+        notes.append(
+            f"The command that ran it has ended; its agents finish this stage alone: {seen.outline.command} takes over."
+        )
+    return notes
 
 
-def seconds_of(status: StageStatus) -> float | None:
-    """How long a stage took, failed attempts included."""
-    if status.started_at is None or status.finished_at is None:
-        return None
-    return (status.finished_at - status.started_at).total_seconds()
-
-
-def summary_table(run: TrainingRun) -> Table:
+def summary_view(name: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> RenderableType:
     """The stages of a run: time, what went in and came out, loss and perplexity beside the unigram baseline's."""
-    table = Table(title=f"{run.metadata.name}: {run.status.summary}", title_justify="left")
+    title = f"{name}: {status.summary or 'Pending'}"
+    return Fitting(_columns(title, kinds, status, now=now), _list(title, kinds, status, now=now))
+
+
+def _columns(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> Table:
+    """A column for each figure."""
+    table = Table(title=title, title_justify="left")
     for column in ("stage", "kind", "state"):
         table.add_column(column, no_wrap=True)
     for column in ("time", "in", "out", "loss", "perplexity", "unigram\nperplexity"):
-        table.add_column(column, justify="right")
-    for stage, status in zip(run.spec.stages, run.status.stages, strict=False):
-        metrics = status.metrics
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in status.stages:
         table.add_row(
-            status.name,
-            stage.kind,
-            f"{_MARKS[status.state]} {status.state}",
-            people_time(seconds_of(status)) or "",
-            _amount(metrics, "In"),
-            _amount(metrics, "Out"),
-            _figure(metrics, "loss", "{:.4f}"),
-            _figure(metrics, "perplexity", "{:.2f}"),
-            _figure(metrics, "unigramPerplexity", "{:.2f}"),
+            stage.name,
+            kinds.get(stage.name, ""),
+            _state(stage, status),
+            _time(stage, now=now),
+            ", ".join(_amounts(stage.metrics, "In")),
+            ", ".join(_amounts(stage.metrics, "Out")),
+            *(_figure(stage.metrics, key, form) for key, form in _FIGURES.values()),
         )
     return table
 
 
-def _amount(metrics: dict[str, float], way: str) -> str:
+def _list(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> Table:
+    """All figures of a stage in one column, below one another."""
+    table = _plain_table(title)
+    table.add_column("stage", overflow="fold")
+    for column in ("kind", "state", "time"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("figures", overflow="fold")
+    for stage in status.stages:
+        figures = [
+            *(f"in {amount}" for amount in _amounts(stage.metrics, "In")),
+            *(f"out {amount}" for amount in _amounts(stage.metrics, "Out")),
+            *(f"{n} {v}" for n, (key, form) in _FIGURES.items() if (v := _figure(stage.metrics, key, form))),
+        ]
+        kind, state = kinds.get(stage.name, ""), _state(stage, status)
+        table.add_row(stage.name, kind, state, _time(stage, now=now), "\n".join(figures))
+    return table
+
+
+def runs_table(rows: Iterable[Mapping[str, str]], *, now: datetime) -> Table:
+    """``headrace ls``."""
+    table = _plain_table(None)
+    columns = ("name", "state", "stage", "progress")
+    for column in (*columns, "age"):
+        table.add_column(column, overflow="fold", no_wrap=column not in ("name", "stage"))
+    for row in rows:
+        begun = row["begunAt"]
+        age = people_time((now - datetime.fromisoformat(begun)).total_seconds()) if begun else ""
+        table.add_row(*(row[column] for column in columns), age)
+    return table
+
+
+def _plain_table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+
+
+def _state(stage: StageStatus, status: RunStatus) -> Text:
+    mark, style = _MARKS[stage.state]
+    interrupted = status.summary == INTERRUPTED and stage.name == status.stage
+    return Text.assemble((mark, style), f" {INTERRUPTED if interrupted else stage.state.value}")
+
+
+def _time(stage: StageStatus, *, now: datetime) -> str:
+    seconds = active_seconds(stage, now=now)
+    return people_time(seconds) if seconds or stage.state is StageState.SUCCEEDED else ""
+
+
+def _amounts(metrics: Mapping[str, float], way: str) -> list[str]:
     """``documentsIn`` and its like, as people read them."""
     found = [(key.removesuffix(way), value) for key, value in metrics.items() if key.endswith(way)]
-    return ", ".join(f"{people_count(value)} {unit}" for unit, value in found)
+    return [people_bytes(value) if unit == "bytes" else f"{people_count(value)} {unit}" for unit, value in found]
 
 
-def _figure(metrics: dict[str, float], key: str, form: str) -> str:
+def _figure(metrics: Mapping[str, float], key: str, form: str) -> str:
     return form.format(metrics[key]) if key in metrics else ""

@@ -1,6 +1,8 @@
 """A home of its own for each test; nothing that it started outlives it."""
 
 import signal
+import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +16,42 @@ def headrace(tmp_path):
     left = workplace.processes()
     for process in left:
         process.send_signal(signal.SIGKILL)
+
+
+class SilentServer:
+    """An S3 endpoint that takes connections and never answers: what reads from it waits until the test ends."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def close(self) -> None:
+        """Refuse new connections and reset the old ones."""
+        self._socket.close()
+
+
+@pytest.fixture
+def silent() -> Iterator[SilentServer]:
+    server = SilentServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def waiting(headrace, silent):
+    """A run whose first agent waits for storage, before it has started a rank."""
+    headrace.env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    headrace.manifest("corpus", "tok", storage={"uri": "s3://bucket/run", "endpoint": silent.address})
+    return headrace
+
+
+@pytest.fixture
+def waiting_rank(headrace, silent):
+    """A run whose first rank waits for its input."""
+    headrace.env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    headrace.manifest(
+        "corpus", "tok",
+        storage={"uri": str(headrace.folder / "store"), "endpoint": silent.address},
+        edit=lambda s: s["corpus"]["corpus"].update(sources=[{"uri": "s3://bucket/raw"}]),
+    )  # fmt: skip
+    return headrace

@@ -68,6 +68,8 @@ class Attempt:
     """What keeps it from running, where the body can tell."""
     missing: str = ""
     """What is missing before all of its pods run, for people; empty once they do."""
+    ended_at: datetime | None = None
+    """When its last process ended, where the body knows: that may be long before anybody looks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,12 @@ nothing. ``stage_plan`` decides about one stage; ``report`` makes the status tha
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from headrace_api.contract import ResolvedStage
 from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
+from headrace_operator.brain.active_time import account
 from headrace_operator.brain.observed import LIVE, Attempt, Observed
 from headrace_operator.brain.report import report
 from headrace_operator.brain.stage_plan import StagePlan, plan_stage
@@ -84,7 +85,8 @@ def _plan_stages(run: TrainingRun, observed: Observed) -> list[StagePlan]:
     for stage, before in zip(run.spec.stages, _prior(run), strict=True):
         ready = all(p.done for p in plans)
         finished = {p.status.name: p.status.artifact for p in plans if p.status.artifact is not None}
-        plans.append(plan_stage(run, stage, before, observed, ready=ready, finished=finished))
+        decided = plan_stage(run, stage, before, observed, ready=ready, finished=finished)
+        plans.append(replace(decided, status=account(before, decided.status, observed)))
     return plans
 
 

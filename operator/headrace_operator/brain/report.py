@@ -1,10 +1,10 @@
 """The status that people read: conditions, and the columns of ``kubectl get trun``. Pure."""
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from headrace_api.contract import Progress
+from headrace_api.people import people_count, people_time
 from headrace_api.run import (
     CheckpointStatus,
     Condition,
@@ -115,33 +115,18 @@ def _columns(
         kept = {"step": before.step, "progress": before.progress, "loss": before.loss}
         same = current is not None and before.stage == current.name
         return {**_NO_COLUMNS, **(kept if same else {}), "phase_message": said}
-    total = progress.total
+    columns = progress_columns(progress)
+    return columns | {"phase_message": said or columns["phase_message"]}
+
+
+def progress_columns(progress: Progress) -> dict[str, str | None]:
+    """The fields of a status that say how far an attempt is."""
+    total, speed, eta = progress.total, progress.tokens_per_second, progress.eta_seconds
     return {
         "step": f"{progress.done}/{total}" if total else str(progress.done),
         "progress": f"{100 * min(progress.done, total) // total}%" if total else None,
         "loss": f"{progress.loss:.4f}" if progress.loss is not None else None,
-        "tokens_per_second": people_count(progress.tokens_per_second),
-        "eta": people_time(progress.eta_seconds),
-        "phase_message": said or (f"{progress.phase}: {progress.message}" if progress.message else progress.phase),
+        "tokens_per_second": people_count(speed) if speed is not None else None,
+        "eta": people_time(eta) if eta is not None else None,
+        "phase_message": f"{progress.phase}: {progress.message}" if progress.message else progress.phase,
     }
-
-
-def people_count(number: float | None) -> str | None:
-    """``1234567`` as ``1.2M``."""
-    if number is None or not math.isfinite(number):
-        return None
-    for bound, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= bound:
-            return f"{number / bound:.1f}{suffix}"
-    return f"{number:.0f}"
-
-
-def people_time(seconds: float | None) -> str | None:
-    """``3700`` as ``1h1m``: the two largest units."""
-    if seconds is None or not math.isfinite(seconds):
-        return None
-    whole = max(0, round(seconds))
-    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-    parts = [f"{whole // size % limit}{unit}" for (unit, size), limit in zip(units, (10**6, 24, 60, 60), strict=True)]
-    first = next((i for i, (_, size) in enumerate(units) if whole >= size), 3)
-    return "".join(p for p in parts[first : first + 2] if not p.startswith("0")) or "0s"

@@ -140,7 +140,7 @@ class _Stage:
         live = self.live()
         if live:
             return self._stop(_settled(status), live)
-        fresh = _settled(status, state=StageState.SUSPENDED, finished_at=None, retry_at=None)
+        fresh = _settled(status, state=StageState.SUSPENDED, finished_at=None, retry_at=None, endpoint=None)
         return StagePlan(status=_with_fresh_budgets(fresh))
 
     def advance(self, status: StageStatus) -> StagePlan:
@@ -339,7 +339,8 @@ def charge(status: StageStatus, outcome: Outcome, *, policy: RestartPolicy) -> t
     else:
         within = status.infra_spent < policy.max_infra_restarts
         counted = {"infra_spent": status.infra_spent + within, "infra_restarts": status.infra_restarts + within}
-    return _with(status, reason=outcome.reason, message=outcome.message, outcome_due_at=None, **counted), within
+    said = {"reason": outcome.reason, "message": outcome.message}
+    return _with(status, **said, outcome_due_at=None, endpoint=None, **counted), within
 
 
 def backoff_seconds(*, failures: int) -> float:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from headrace_api.contract import served_model_name
 from headrace_api.stages.deploy import Engine
 from headrace_operator.body.build.service import endpoint
 from headrace_trainer.errors import UserError
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.deploy import run
 from headrace_trainer.stages.deploy.command import Served, engine_command, engine_environment, find_program
-from headrace_trainer.stages.deploy.hub import model_name
 from headrace_trainer.stages.deploy.place import cluster_place, local_place
 from trainer.deploy.builders import deploy_stage
 
@@ -49,7 +49,7 @@ def test_the_address_in_a_cluster_is_that_of_the_operators_service(exported):
     ("run_name", "stage", "expected"), [("demo", "ship", "demo/ship"), ("a--b---c", "s-1", "a-b-c/s-1")]
 )
 def test_a_models_name_is_the_runs_and_the_stages(run_name, stage, expected):
-    assert model_name(run_name, stage) == expected
+    assert served_model_name(run_name, stage) == expected
 
 
 def test_the_engine_asks_no_network_and_gets_no_credentials(tmp_path):

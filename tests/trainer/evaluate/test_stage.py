@@ -126,6 +126,20 @@ def test_the_curve_is_drawn_for_short_and_long_trainings(tmp_path, steps):
     assert pixels[..., :3].std() > 0.05
 
 
+def test_the_curve_counts_parameters_and_tokens_as_people_do(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    rows = [{"step": s, "loss": 5 / s, "tokens": 50_000 * s} for s in range(1, 41)]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_curve(tmp_path / "history.jsonl", unigram_loss=6, name="a", num_parameters=1_835_136, out=tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    assert axes.get_title(loc="left") == "a: 1.8M parameters"
+    tokens = [label.get_text() for axis in axes.child_axes for label in axis.get_xticklabels()]
+    assert "1M" in tokens
+
+
 def test_the_curve_is_part_of_the_artifact(evaluation):
     listed = {f["path"] for f in json.loads((evaluation / "artifact.json").read_text())["files"]}
     assert listed == {"report.json", "report.md", "loss_curve.png"}

@@ -5,15 +5,9 @@ folder's path would be a name that is not listed, and that differs between pods.
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache, with links in place of downloads.
 """
 
-import re
 from pathlib import Path
 
 _REVISION_CHARACTERS = 40
-
-
-def model_name(run: str, stage: str) -> str:
-    """``run/stage`` as a repository's name, in which two hyphens cannot follow one another: they mean a slash."""
-    return "/".join(re.sub("-{2,}", "-", name) for name in (run, stage))
 
 
 def link_into_cache(folder: Path, cache: Path, *, name: str, digest: str) -> None:
@@ -22,7 +16,7 @@ def link_into_cache(folder: Path, cache: Path, *, name: str, digest: str) -> Non
     Args:
         folder: the files of an exported model.
         cache: where the cache begins (``HF_HUB_CACHE``).
-        name: of ``model_name``.
+        name: of ``served_model_name``.
         digest: the artifact's, in hexadecimal: it stands for the commit.
     """
     repository, revision = cache / f"models--{name.replace('/', '--')}", digest[:_REVISION_CHARACTERS]

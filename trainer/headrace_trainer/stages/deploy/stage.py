@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from headrace_api.contract import served_model_name
 from headrace_api.stages import Deploy
 from headrace_trainer.errors import Stopped
 from headrace_trainer.stage import StageContext, write_atomically
 from headrace_trainer.stages.deploy.client import Refused, complete
 from headrace_trainer.stages.deploy.command import Served, engine_command, engine_environment, find_program, hub_cache
 from headrace_trainer.stages.deploy.engine import EngineProcess
-from headrace_trainer.stages.deploy.hub import link_into_cache, model_name
+from headrace_trainer.stages.deploy.hub import link_into_cache
 from headrace_trainer.stages.deploy.place import Place, cluster_place, local_place
 from headrace_trainer.stages.deploy.port import claimed_port
 from headrace_trainer.stages.deploy.ready import SERVER_FILE
@@ -38,7 +39,7 @@ def run_deploy(ctx: StageContext) -> NoReturn:
     assert isinstance(config, Deploy)
     program = find_program(config.engine)
     served = Served(
-        name=model_name(ctx.resolved.run, config.from_.model),
+        name=served_model_name(ctx.resolved.run, config.from_.model),
         folder=ctx.input("model"),
         dtype=json.loads((ctx.input("model") / "config.json").read_text())["dtype"],
         num_gpus=ctx.resolved.stage.compute.gpus_per_node,

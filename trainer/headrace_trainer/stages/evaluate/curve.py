@@ -14,15 +14,15 @@ matplotlib.use("Agg")  # before pyplot: there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
+
+from headrace_api.people import people_count
 
 CURVE_FILE = "loss_curve.png"
 
 _TRAINING, _HELD_OUT, _BASELINE = "#2a78b5", "#c8502d", "#6a6a6a"
 _SMOOTHED_FROM = 150
 """Points above which single steps are noise, and their running mean is drawn over them."""
-_COUNT = EngFormatter(sep="")
-"""Counts as people read them: 7.5M."""
 _PERPLEXITIES = [m * 10**e for e in range(6) for m in (1, 2, 5)]
 
 
@@ -42,7 +42,7 @@ def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters:
     _draw_held_out(axes, records)
     axes.axhline(unigram_loss, color=_BASELINE, ls="--", lw=1.2, label=f"unigram baseline ({unigram_loss:.2f})")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.set_title(f"{name}: {_COUNT(num_parameters)} parameters", loc="left")
+    axes.set_title(f"{name}: {people_count(num_parameters)} parameters", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
@@ -76,7 +76,7 @@ def _draw_held_out(axes: Axes, records: list[dict[str, Any]]) -> None:
 def _add_token_axis(axes: Axes, *, tokens_per_step: float) -> None:
     functions = (lambda steps: np.multiply(steps, tokens_per_step), lambda tokens: np.divide(tokens, tokens_per_step))
     top = axes.secondary_xaxis("top", functions=functions)
-    top.xaxis.set_major_formatter(_COUNT)
+    top.xaxis.set_major_formatter(lambda tokens, _: people_count(tokens))
     top.set_xlabel("tokens trained on")
 
 

@@ -1,0 +1,134 @@
+"""What is true of a run now: its last status, corrected by which processes live.
+
+``status.json`` says what was true when the command that ran it last wrote; that command, its agents or the whole
+machine may have ended since.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+
+from headrace_api.run import CheckpointStatus, Condition, ConditionType, RunStatus, StageState, StageStatus
+from headrace_cli.attempts import LocalAttempts
+from headrace_cli.home import Outline, RunFolder
+from headrace_operator.brain.active_time import close
+from headrace_operator.brain.observed import LIVE, Attempt
+from headrace_operator.brain.report import progress_columns
+
+INTERRUPTED = "Interrupted"
+"""The summary of a run that no process works on, and that nobody asked to stop."""
+_STILL = frozenset({StageState.PENDING, StageState.SUSPENDED, StageState.SUCCEEDED, StageState.FAILED})
+"""States in which no attempt works."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A run, looked at from outside."""
+
+    outline: Outline
+    status: RunStatus
+    attended: bool
+    """Whether a headrace process works on it."""
+    live: tuple[Attempt, ...]
+    """Attempts of which a process lives."""
+
+
+def look(folder: RunFolder) -> Seen:
+    """See what is true of a run; nothing is changed.
+
+    Raises:
+        Damaged: its status cannot be understood.
+    """
+    attended = folder.holder() is not None
+    attempts = LocalAttempts(folder=folder.attempts).observe()
+    stored = folder.status()
+    return Seen(
+        outline=folder.outline(),
+        status=stored if attended else as_it_is(stored, attempts, now=datetime.now(UTC), rest=Rest.INTERRUPTED),
+        attended=attended,
+        live=tuple(a for a in attempts if a.state in LIVE),
+    )
+
+
+class Rest(Enum):
+    """Why nothing of a run works."""
+
+    INTERRUPTED = "no process works on it, and nobody asked it to stop"
+    STOPPED = "stopped on request"
+
+
+def as_it_is(stored: RunStatus, attempts: Sequence[Attempt], *, now: datetime, rest: Rest) -> RunStatus:
+    """The status of a run that no headrace process works on. Pure.
+
+    Args:
+        stored: what was true when its process last wrote.
+        attempts: as they are now; their agents may live on, or have finished since.
+        now: when that is.
+        rest: what to call a run that was under way and of which nothing lives.
+    """
+    stages = [_stage(s, _newest(s, attempts), now=now) for s in stored.stages]
+    at_rest = any(stored.condition(kind) for kind in ConditionType)
+    current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
+    if (at_rest and stages == stored.stages) or (current is not None and current.state is StageState.FAILED):
+        return stored
+    attempt = _newest(current, attempts) if current is not None else None
+    if attempt is not None and attempt.state in LIVE:
+        return stored.model_copy(update={"stages": stages, **_how_far(stored, attempt)})
+    resting = [_resting(s, rest) if s is current else s for s in stages]
+    speed = {"tokens_per_second": None, "eta": None, "phase_message": None}
+    update = {
+        "conditions": _conditions(stored, rest, now=now),
+        "summary": StageState.SUSPENDED.value if rest is Rest.STOPPED else INTERRUPTED,
+        "stage": current.name if current is not None else stored.stage,
+        "endpoint": next((s.endpoint for s in resting if s.endpoint), None),
+        "stages": resting,
+    }
+    return stored.model_copy(update=_how_far(stored, attempt) | speed | update)
+
+
+def _newest(status: StageStatus, attempts: Sequence[Attempt]) -> Attempt | None:
+    return next((a for a in attempts if (a.stage, a.number) == (status.name, status.attempt)), None)
+
+
+def _stage(status: StageStatus, attempt: Attempt | None, *, now: datetime) -> StageStatus:
+    """The stage, suspended if it was said to work or to serve and no process of its attempt lives."""
+    lives = attempt is not None and attempt.state in LIVE
+    if lives or (status.state in _STILL and status.endpoint is None):
+        return status
+    ended_at = attempt.ended_at if attempt is not None else None
+    return close(status, ended_at or now).model_copy(
+        update={"state": StageState.SUSPENDED, "endpoint": None, "retry_at": None, "finished_at": None}
+    )
+
+
+def _resting(status: StageStatus, rest: Rest) -> StageStatus:
+    """The stage at which the run rests; a stop on request costs nothing, as when the planner suspends it."""
+    status = status.model_copy(update={"state": StageState.SUSPENDED, "retry_at": None})
+    if rest is Rest.INTERRUPTED:
+        return status
+    return status.model_copy(update={"settled": status.attempt, "infra_spent": 0, "user_spent": 0})
+
+
+def _how_far(stored: RunStatus, attempt: Attempt | None) -> dict[str, object]:
+    """Progress that was reported after the status was written."""
+    progress = attempt.progress if attempt is not None else None
+    if attempt is None or progress is None:
+        return {}
+    checkpoint = CheckpointStatus.model_validate(progress.checkpoint.model_dump()) if progress.checkpoint else None
+    kept = stored.checkpoint if stored.stage == attempt.stage else None
+    return progress_columns(progress) | {"checkpoint": checkpoint or kept}
+
+
+def _conditions(stored: RunStatus, rest: Rest, *, now: datetime) -> list[Condition]:
+    reason = "SuspendRequested" if rest is Rest.STOPPED else INTERRUPTED
+    return [
+        Condition(
+            type=kind,
+            status="True" if kind is ConditionType.SUSPENDED else "False",
+            reason=reason,
+            message=rest.value if kind is ConditionType.SUSPENDED else "",
+            last_transition_time=now,
+        )
+        for kind in ConditionType
+    ]
