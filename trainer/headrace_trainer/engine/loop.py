@@ -81,7 +81,7 @@ class Loop:
         self.history = History.loads(found.extras[HISTORY_FILE])
         self.message = f"resumed after step {self.step}"
         if found.passed_over:
-            self.message += f"; passed over as corrupt: {', '.join(found.passed_over)}"
+            self.message += f"; could not load {', '.join(found.passed_over)}"
 
     def run(self) -> None:
         """Train to the last step.
@@ -100,6 +100,8 @@ class Loop:
             self._report("Running")
             if agreed.must_stop and self.step < self.config.steps:
                 raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
+        if self.saved is None or self.saved.step != self.step:
+            self._save()  # should the model not reach storage, the next attempt has only that left to do
 
     @property
     def consumed_samples(self) -> int:

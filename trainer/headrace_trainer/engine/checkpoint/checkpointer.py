@@ -4,7 +4,7 @@ In: a training state at a step. Out: ``<stage>/checkpoints/<hash>/<folder>/`` in
 the ranks that wrote them, then the manifest. What has no manifest was never finished, and is never read.
 """
 
-import logging
+import functools
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import StorageError, UserError
 from headrace_trainer.storage import ObjectStore
 
-log = logging.getLogger("headrace")
+_REASON_CHARACTERS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,16 @@ class Resumed:
     consumed_samples: int
     extras: dict[str, str]
     """The text files that were given to ``save``, name -> content."""
-    passed_over: list[str]
-    """Newer checkpoints that are corrupt."""
+    passed_over: dict[str, str]
+    """Checkpoints that could not be loaded, name -> reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a checkpoint said of itself, once its tensors were in place."""
+
+    manifest: CheckpointManifest
+    extras: dict[str, str]
 
 
 class Checkpointer:
@@ -100,17 +108,23 @@ class Checkpointer:
             StorageError: checkpoints were committed, but none of them is whole.
             UserError: the newest was made with another seed, other shards or another precision.
         """
-        names = self._gang.from_first(self._checkpoints.committed)
-        for i, name in enumerate(names):
-            resumed = self._load(state, name, passed_over=names[:i])
-            if resumed is not None:
-                return resumed
-            if self._gang.is_first:
-                log.warning("checkpoint %s is corrupt: taking an older one", self._checkpoints.uri(name))
-        if names:
+        passed_over: dict[str, str] = {}
+        for name in self._gang.from_first(self._checkpoints.committed):
+            found = self._load(state, name)
+            if isinstance(found, Loaded):
+                return Resumed(
+                    saved=self._saved(name, found.manifest),
+                    consumed_samples=found.manifest.consumed_samples,
+                    extras=found.extras,
+                    passed_over=passed_over,
+                )
+            passed_over[name] = found[:_REASON_CHARACTERS]
+            self._gang.from_first(functools.partial(self._checkpoints.mark_corrupt, name, passed_over[name]))
+        if passed_over:
+            name, reason = next(iter(passed_over.items()))
             raise StorageError(
-                f"{self._store.uri}/{self._checkpoints.root}: all {len(names)} committed checkpoints are corrupt: restore one "
-                "from a backup, or remove the folder to begin again"
+                f"{self._store.uri}/{self._checkpoints.root}: none of the {len(passed_over)} committed checkpoints can be loaded "
+                f"({name}: {reason}): restore one from a backup, or remove the folder to begin again"
             )
         return None
 
@@ -146,25 +160,22 @@ class Checkpointer:
             files=sorted(files, key=lambda f: f.path),
         )
 
-    def _load(self, state: TrainState, name: str, *, passed_over: list[str]) -> Resumed | None:
-        """Load one checkpoint, or None on every rank where it is corrupt."""
+    def _load(self, state: TrainState, name: str) -> Loaded | str:
+        """Load one checkpoint; on every rank the same answer: what was loaded, or what is wrong with it."""
         manifest = self._gang.from_first(lambda: self._checkpoints.read_manifest(name))
         if manifest is None:
-            return None
+            return "its manifest is damaged, or a file is missing or cut short"
         self._check(name, manifest)
         folder = self._fetch(name, manifest)
         if folder is None:
-            return None
-        load_state(state, folder)
+            return "a file's digest is not the one in the manifest"
+        failed = next(filter(None, self._gang.gather(load_state(state, folder))), None)
+        if failed is not None:
+            return failed
         extras = {f.path: (folder / f.path).read_text() for f in manifest.files if not is_own_file(f.path)}
         if self._is_remote:
             self._remove(folder)
-        return Resumed(
-            saved=self._saved(name, manifest),
-            consumed_samples=manifest.consumed_samples,
-            extras=extras,
-            passed_over=passed_over,
-        )
+        return Loaded(manifest=manifest, extras=extras)
 
     def _check(self, name: str, manifest: CheckpointManifest) -> None:
         for field in ("seed", "shards_digest", "precision"):

@@ -15,6 +15,8 @@ from headrace_api.base import Spec
 from headrace_api.stages.pretrain import Precision
 
 MANIFEST_FILE = "checkpoint.json"
+CORRUPT_FILE = "corrupt.json"
+"""Put beside the manifest of a checkpoint that could not be loaded."""
 STATELESS = "stateless"
 """Nothing that is random outlives a step: batches follow from the sample counter, start weights from the seed."""
 
