@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,12 +116,45 @@ def test_none_that_is_whole_is_a_storage_error(tmp_path: Path) -> None:
     assert "a file's digest is not the one in the manifest" in ended[1].message
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"shards_digest": "e" * 64}])
-def test_one_of_another_run_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 8}, "seed: 7 there, 8 here"),
+        ({"shards_digest": "e" * 64}, "inputs.shards: dddddddddddd there, eeeeeeeeeeee here"),
+        ({"learning_rate": 1e-3}, "schedule.learningRate: 0.003 there, 0.001 here"),
+        ({"model": {"layers": 2}}, "model.layers: 4 there, 2 here"),
+        ({"steps": 3}, "tokens: this run ends at step 3"),
+    ],
+    ids=["seed", "data", "learning rate", "model", "fewer tokens"],
+)
+def test_unfinished_work_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
     run = trained(tmp_path)
-    ended = train(replace(run, **change), TP1)  # type: ignore[arg-type]
-    assert ended[0].error == "UserError"
-    assert "belongs to another run" in ended[0].message
+    before = folders(run)
+    ended = train(replace(run, **change), TP2)
+    assert [e.error for e in ended] == ["UserError", "UserError"]
+    assert named in ended[1].message
+    assert "onMismatch to restart" in ended[1].message
+    assert folders(run) == before
+
+
+def test_it_is_left_where_it_is_where_a_restart_is_asked_for(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    other = replace(run, seed=8, overrides={"checkpoint": {"every": 2, "keep": 9, "onMismatch": "restart"}})
+    ended = train(replace(other, stop_at=2), TP1)
+    assert ended[0].error == "Stopped"
+    assert resumed_at(replace(other, attempt=3)) == 3, "the second training has checkpoints of its own"
+    assert resumed_at(replace(run, attempt=4)) == 4, "and the first one can be gone back to"
+
+
+def test_work_that_was_finished_does_not_hinder_another(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path, steps=4)
+    assert train(run, TP1)[0].error == ""
+    again = train(replace(run, attempt=2, shards_digest="e" * 64), TP1)[0].value
+    assert again.first_step == 0
+    assert again.message.startswith("began at step 0: the checkpoint of step 4 of 4")
+    assert "inputs.shards: dddddddddddd there, eeeeeeeeeeee here" in again.message
 
 
 def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
@@ -141,7 +175,10 @@ def test_a_finished_run_has_only_its_model_to_deliver(tmp_path: Path) -> None:
 def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     folder = checkpoint(trained(tmp_path), 4)
     manifest = json.loads((folder / "checkpoint.json").read_text())
-    assert (manifest["step"], manifest["consumedSamples"], manifest["seed"]) == (4, 32, 7)
+    assert (manifest["step"], manifest["steps"], manifest["consumedSamples"]) == (4, 6, 32)
+    assert manifest["identity"]["seed"] == 7
+    assert manifest["identity"]["inputs"] == {"shards": "d" * 64}
+    assert manifest["identity"]["config"]["model"]["layers"] == 4
     assert manifest["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
     names = {f["path"] for f in manifest["files"]}
     assert names == {p.name for p in folder.iterdir()} - {"checkpoint.json"}

@@ -73,15 +73,13 @@ class Loop:
         """Continue from the newest committed checkpoint; start from the seed's weights where there is none."""
         self._report("Starting")
         found = self.checkpointer.resume(self.state)
-        if found is None:
+        self.message = found.message
+        if found.saved is None:
             self.start()
             return
         self.step, self.saved = found.saved.step, found.saved
         assert found.consumed_samples == self.consumed_samples
         self.history = History.loads(found.extras[HISTORY_FILE])
-        self.message = f"resumed after step {self.step}"
-        if found.passed_over:
-            self.message += f"; could not load {', '.join(found.passed_over)}"
 
     def run(self) -> None:
         """Train to the last step.

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from headrace_trainer.engine.checkpoint.choice import Training
 from headrace_trainer.engine.checkpoint.manifest import (
     CORRUPT_FILE,
     MANIFEST_FILE,
@@ -110,6 +111,20 @@ class CheckpointStore:
     def _paths(self) -> list[str]:
         prefix = f"{self.root}/"
         return [info.key.removeprefix(prefix) for info in self.store.list(prefix)]
+
+
+def find_trainings(store: ObjectStore, root: str) -> list[Training]:
+    """What lies below the folder of a stage's checkpoints: each folder of a training with a checkpoint that can be read."""
+    prefix = f"{root}/"
+    folders = _folders(info.key.removeprefix(prefix) for info in store.list(prefix))
+    found = []
+    for folder in sorted(folders):
+        checkpoints = CheckpointStore(store, f"{root}/{folder}")
+        manifests = (checkpoints.read_manifest(name) for name in checkpoints.committed())
+        newest = next(filter(None, manifests), None)
+        if newest is not None:
+            found.append(Training(folder=folder, newest=newest))
+    return found
 
 
 def _folders(paths: Iterable[str]) -> set[str]:
