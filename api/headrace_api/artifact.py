@@ -5,12 +5,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
+from typing import Any
 
 from pydantic import Field
 
-from headrace_api.base import Figures, Spec, Uri
+from headrace_api.base import Figures, Part, Spec, Uri
 from headrace_api.stages.base import ArtifactKind, StageConfig
 
 ARTIFACT_FILE = "artifact.json"
@@ -25,14 +26,32 @@ def canonical_digest(value: object) -> str:
 def stage_hash(config: StageConfig, *, seed: int, inputs: Mapping[str, str]) -> str:
     """What a stage's result depends on: its typed block, the run's seed and the digests of its inputs.
 
-    Compute is not part of it: the same result is wanted from any number of nodes.
+    Compute is not part of it, nor is any field that is marked as ``Part.EXECUTION``: the same result is wanted from any
+    number of nodes, in any layout.
 
     Args:
         config: the typed block.
         seed: the run's seed.
         inputs: slot -> digest of the artifact in it.
     """
-    return canonical_digest({"kind": config.KIND, "config": config.dump(), "seed": seed, "inputs": dict(inputs)})
+    return canonical_digest(_made_of(config, seed=seed, inputs=inputs, without=(Part.EXECUTION,)))
+
+
+def resume_identity(config: StageConfig, *, seed: int, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What two runs of a stage must have in common for the one to go on from the other's checkpoint.
+
+    It is what ``stage_hash`` is made of, without the fields that are marked as ``Part.EXTENT``.
+
+    Args:
+        config: the typed block.
+        seed: the run's seed.
+        inputs: slot -> digest of the artifact in it.
+    """
+    return _made_of(config, seed=seed, inputs=inputs, without=(Part.EXECUTION, Part.EXTENT))
+
+
+def _made_of(config: StageConfig, *, seed: int, inputs: Mapping[str, str], without: Collection[Part]) -> dict[str, Any]:
+    return {"kind": config.KIND, "config": config.dump_without(without), "seed": seed, "inputs": dict(inputs)}
 
 
 class ArtifactFile(Spec):

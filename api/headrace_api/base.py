@@ -6,11 +6,21 @@ In: YAML values. Out: numbers and strings with one meaning. Errors name the fiel
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from enum import Enum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.alias_generators import to_camel
+
+
+class Part(Enum):
+    """What a field has to do with a stage's result, put into the field's ``Annotated``; a field without one decides it."""
+
+    EXECUTION = "execution"
+    """How the work is done: the result is the same with another value, and what is done stays done."""
+    EXTENT = "extent"
+    """How far the work goes: the result is another one with another value, but what was done so far fits it."""
 
 
 class Spec(BaseModel):
@@ -28,6 +38,24 @@ class Spec(BaseModel):
     def dump(self) -> dict[str, Any]:
         """The block as plain JSON values with the manifest's field names; unset optional fields are left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
+        """The block as plain JSON values, without the fields that are marked as one of ``parts``."""
+        dumped, fields = self.dump(), type(self).model_fields.items()
+        return {
+            alias: _dump_without(getattr(self, name), dumped[alias], parts)
+            for name, field in fields
+            if (alias := field.alias or name) in dumped
+            and not any(isinstance(mark, Part) and mark in parts for mark in field.metadata)
+        }
+
+
+def _dump_without(value: object, dumped: Any, parts: Collection[Part]) -> Any:
+    if isinstance(value, Spec):
+        return value.dump_without(parts)
+    if isinstance(value, list):
+        return [_dump_without(v, d, parts) for v, d in zip(value, dumped, strict=True)]
+    return dumped
 
 
 class FieldError(ValueError):

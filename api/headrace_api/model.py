@@ -4,11 +4,12 @@ In: the ``model`` block of a stage. Out: an ``Architecture`` with every dimensio
 trainer's ``model`` read it.
 """
 
-from typing import Self
+from collections.abc import Collection
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import FieldError, Spec
+from headrace_api.base import FieldError, Part, Spec
 
 VOCAB_MULTIPLE = 1024
 """Every layout pads the vocabulary to a multiple of this: 128 for each of up to 8 tensor ranks. One width for all
@@ -104,6 +105,10 @@ class ModelSpec(Spec):
         base = PRESETS[self.preset].dump() if self.preset else {}
         over = {k: v for k, v in self.dump().items() if k != "preset"}
         return Architecture.model_validate({**base, **over})
+
+    def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
+        """Every dimension: a preset is the same model as its dimensions written out."""
+        return self.architecture.dump_without(parts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

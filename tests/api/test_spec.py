@@ -5,8 +5,8 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from builders import make_run, manifest, succeeded
-from headrace_api.artifact import Artifact, ArtifactFile, stage_hash
+from builders import STAGES, make_run, manifest, succeeded
+from headrace_api.artifact import Artifact, ArtifactFile, resume_identity, stage_hash
 from headrace_api.base import Cadence, Quantity, parse_duration
 from headrace_api.contract import ResolvedStage
 from headrace_api.errors import parse_run
@@ -14,7 +14,7 @@ from headrace_api.faults import ExitCode, FaultClass, Outcome, classify, most_te
 from headrace_api.model import PRESETS, padded_vocab
 from headrace_api.planning import estimate_pretrain
 from headrace_api.run import TrainingRun
-from headrace_api.stages import KINDS
+from headrace_api.stages import KINDS, Pretrain
 from headrace_api.stages.evaluate import meets
 
 STEP = make_run().spec.stages[3].pretrain
@@ -80,6 +80,57 @@ def test_the_hash_follows_the_block_the_seed_and_the_inputs_and_nothing_else():
     assert base != stage_hash(config, seed=2, inputs={"corpus": "a"})
     assert base != stage_hash(config, seed=1, inputs={"corpus": "b"})
     assert base != stage_hash(config.model_copy(update={"languages": ["en"]}), seed=1, inputs={"corpus": "a"})
+
+
+def _changed(**fields: object) -> Pretrain:
+    block = STAGES["base"]["pretrain"]
+    return Pretrain.model_validate(block | fields)
+
+
+_BASE = _changed()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parallelism": {"tensor": 1, "pipeline": 2}},
+        {"microBatchSize": 4},
+        {"checkpoint": {"every": "30m", "keep": 5, "onMismatch": "restart"}},
+        {"validation": {"every": 7, "samples": 3}},
+        {"from": {"shards": "renamed"}},
+        {"model": PRESETS["llama-nano"].dump()},
+    ],
+    ids=lambda fields: str(next(iter(fields))),
+)
+def test_how_a_model_is_trained_changes_neither_the_result_nor_what_a_checkpoint_fits(fields):
+    other = _changed(**fields)
+    inputs = {"shards": "a"}
+    assert stage_hash(other, seed=1, inputs=inputs) == stage_hash(_BASE, seed=1, inputs=inputs)
+    assert resume_identity(other, seed=1, inputs=inputs) == resume_identity(_BASE, seed=1, inputs=inputs)
+
+
+def test_a_longer_run_is_another_result_that_goes_on_from_the_same_checkpoint():
+    longer = _changed(tokens="2M")
+    assert stage_hash(longer, seed=1, inputs={}) != stage_hash(_BASE, seed=1, inputs={})
+    assert resume_identity(longer, seed=1, inputs={}) == resume_identity(_BASE, seed=1, inputs={})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": {"preset": "llama-nano", "layers": 8}},
+        {"sequenceLength": 64},
+        {"globalBatchSize": 32},
+        {"precision": "bf16"},
+        {"schedule": {"learningRate": 1e-3}},
+        {"optimizer": {"beta2": 0.99}},
+    ],
+    ids=lambda fields: str(next(iter(fields))),
+)
+def test_what_is_trained_changes_both(fields):
+    other = _changed(**fields)
+    assert stage_hash(other, seed=1, inputs={}) != stage_hash(_BASE, seed=1, inputs={})
+    assert resume_identity(other, seed=1, inputs={}) != resume_identity(_BASE, seed=1, inputs={})
 
 
 def test_an_artifacts_digest_is_what_it_is_and_not_when_it_was_made():

@@ -81,6 +81,10 @@ def open_uri(uri: str, storage: Storage) -> ObjectStore:
     raise UserError(f"storage address {uri!r}: unknown kind {scheme!r}: write s3://bucket/prefix or a directory")
 
 
+_STAGED = ".staged-"
+"""How the name of a file begins that is not yet under its key."""
+
+
 class DirectoryStore:
     """Objects are files below a directory."""
 
@@ -108,7 +112,7 @@ class DirectoryStore:
         with _as_storage_errors(f"{self.uri}/{prefix}"):
             # Only the folder that the prefix names is walked: the store may be large.
             folder = self.root / prefix.rpartition("/")[0]
-            found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".staged-"))
+            found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_STAGED))
             keys = ((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in found)
             return [ObjectInfo(key=k, bytes=size) for k, size in sorted(keys) if k.startswith(prefix)]
 
@@ -121,6 +125,10 @@ class DirectoryStore:
                 path = self.root / info.key
                 path.unlink(missing_ok=True)
                 _remove_empty_parents(path.parent, stop=self.root)
+            if prefix.endswith("/"):
+                for path in list((self.root / prefix).rglob(f"{_STAGED}*")):  # left by writers that were killed
+                    path.unlink(missing_ok=True)
+                    _remove_empty_parents(path.parent, stop=self.root)
 
     def local_path(self, key: str) -> Path | None:
         return self.root / key
@@ -129,7 +137,7 @@ class DirectoryStore:
     def _replacing(self, key: str) -> Iterator[Path]:
         """A path beside ``key`` that becomes ``key`` when the block ends well, and vanishes when it does not."""
         final = self.root / key
-        staged = final.with_name(f".staged-{uuid.uuid4().hex}")
+        staged = final.with_name(f"{_STAGED}{uuid.uuid4().hex}")
         with _as_storage_errors(str(final)):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:

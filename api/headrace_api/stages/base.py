@@ -3,10 +3,11 @@
 Each neighbour file ``<kind>.py`` holds one kind's fields, defaults and checks; ``__init__`` lists them.
 """
 
+from collections.abc import Collection
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from headrace_api.base import Name, Spec
+from headrace_api.base import Name, Part, Spec
 
 
 class ArtifactKind(StrEnum):
@@ -47,6 +48,10 @@ class Inputs(Spec):
     def by_slot(self) -> dict[str, str]:
         """Slot -> name of the stage whose artifact fills it."""
         return {slot: name for slot in self.ACCEPTS if (name := getattr(self, slot)) is not None}
+
+    def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
+        """Nothing: an input is told by its artifact's digest, not by the name of the stage that made it."""
+        return {}
 
 
 class StageConfig(Spec):

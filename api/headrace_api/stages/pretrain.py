@@ -4,11 +4,11 @@ Megatron-core owns the parallelism and the optimizer; these fields are what a tr
 """
 
 from enum import StrEnum
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import Cadence, FieldError, Quantity, Spec
+from headrace_api.base import Cadence, FieldError, Part, Quantity, Spec
 from headrace_api.model import ModelSpec
 from headrace_api.parallelism import Parallelism
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
@@ -27,6 +27,13 @@ class Decay(StrEnum):
 
     COSINE = "cosine"
     CONSTANT = "constant"
+
+
+class OnMismatch(StrEnum):
+    """What happens where the checkpoints of unfinished work do not fit the manifest."""
+
+    REFUSE = "refuse"
+    RESTART = "restart"
 
 
 class PretrainInputs(Inputs):
@@ -86,6 +93,8 @@ class Checkpointing(Spec):
     """every is a number of steps (100) or a time (30m) between saves."""
     keep: int = Field(2, ge=1, le=100)
     """keep is the number of newest checkpoints that stay in storage while the stage runs."""
+    on_mismatch: OnMismatch = OnMismatch.REFUSE
+    """onMismatch decides what happens where unfinished work was trained with other values (another model, other data, another seed): refuse fails and names them, restart begins at step 0 beside it."""
 
 
 class Validation(Spec):
@@ -108,25 +117,25 @@ class Pretrain(StageConfig):
     """from names the token shards."""
     model: ModelSpec
     """model is the architecture."""
-    tokens: Quantity = Field(ge=1)
+    tokens: Annotated[Quantity, Part.EXTENT] = Field(ge=1)
     """tokens is how many tokens the model is trained on; the number of steps is this over the tokens of a global batch, rounded up."""
     sequence_length: int = Field(2048, ge=8)
     """sequenceLength is the number of tokens in a sample."""
     global_batch_size: int = Field(256, ge=1)
     """globalBatchSize is the number of samples in a step, over all ranks."""
-    micro_batch_size: int = Field(1, ge=1)
+    micro_batch_size: Annotated[int, Part.EXECUTION] = Field(1, ge=1)
     """microBatchSize is the number of samples in one forward pass of one rank."""
     precision: Precision = Precision.BF16
     """precision is the format of the matrix multiplications; fp8 needs a GPU with Transformer Engine."""
-    parallelism: Parallelism = Field(default_factory=Parallelism)
+    parallelism: Annotated[Parallelism, Part.EXECUTION] = Field(default_factory=Parallelism)
     """parallelism is how one replica is split over ranks; the other ranks are data parallel."""
     schedule: Schedule = Field(default_factory=Schedule)
     """schedule is the learning rate over the run."""
     optimizer: Optimizer = Field(default_factory=Optimizer)
     """optimizer holds AdamW's constants."""
-    checkpoint: Checkpointing = Field(default_factory=Checkpointing)
+    checkpoint: Annotated[Checkpointing, Part.EXECUTION] = Field(default_factory=Checkpointing)
     """checkpoint says when the training state is saved."""
-    validation: Validation = Field(default_factory=Validation)
+    validation: Annotated[Validation, Part.EXECUTION] = Field(default_factory=Validation)
     """validation says when the loss on held-out text is measured."""
 
     @property

@@ -1,6 +1,9 @@
 """One interface on a directory and on S3: the same cases on both."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -76,6 +79,35 @@ def test_replacing_is_whole(storage):
     store.put_bytes("x", b"new")
     assert store.get_bytes("x") == b"new"
     assert [i.key for i in store.list("")] == ["x"]
+
+
+_KILLED_IN_A_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+from headrace_trainer.storage import DirectoryStore
+
+# The kernel kills the process in the write that goes beyond the limit.
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+store, new = DirectoryStore(Path(sys.argv[1])), Path(sys.argv[2])
+store.put_file("run/x", new) if sys.argv[3] == "put_file" else store.put_bytes("run/x", new.read_bytes())
+"""
+
+
+@pytest.mark.parametrize("method", ["put_file", "put_bytes"])
+def test_a_process_that_is_killed_in_a_write_leaves_the_old_content(tmp_path, method):
+    store = open_store(Storage(uri=str(tmp_path / "store")))
+    store.put_bytes("run/x", b"old content")
+    (tmp_path / "new").write_bytes(b"n" * 3_000_000)
+    arguments = [_KILLED_IN_A_WRITE, str(tmp_path / "store"), str(tmp_path / "new"), method]
+    killed = subprocess.run([sys.executable, "-c", *arguments])
+    assert killed.returncode == -signal.SIGXFSZ
+    assert store.get_bytes("run/x") == b"old content"
+    assert [i.key for i in store.list("")] == ["run/x"]
+    store.put_bytes("run/x", b"new")
+    assert store.get_bytes("run/x") == b"new"
+    store.delete("run/")
+    assert list((tmp_path / "store").rglob("*")) == [], "what the killed process left takes space for ever"
 
 
 def test_what_is_not_there_is_said_with_its_address(storage, tmp_path):
@@ -184,6 +216,40 @@ def test_a_new_result_replaces_the_old_files_but_not_the_checkpoints(storage, tm
     _commit(storage, _folder(tmp_path / "two", new="2"), hash="h2")
     keys = [i.key for i in open_store(storage).list("")]
     assert keys == ["work/artifact.json", "work/checkpoints/x", "work/new"]
+
+
+_KILLED_IN_AN_UPLOAD = """
+import os, signal, sys
+from pathlib import Path
+from headrace_api.contract import ResolvedStage
+from headrace_trainer import artifacts
+from headrace_trainer.storage import open_store
+
+resolved = ResolvedStage.model_validate_json(sys.argv[1])
+store = open_store(resolved.storage)
+put_file = store.put_file
+
+def put_and_die(key, path):
+    put_file(key, path)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+store.put_file = put_and_die
+artifacts.upload_part(store, resolved, Path(sys.argv[2]), index=0)
+"""
+
+
+def test_a_process_that_is_killed_while_it_replaces_a_result_leaves_no_result(storage, tmp_path):
+    _commit(storage, _folder(tmp_path / "one", a="one", b="two"))
+    new = _folder(tmp_path / "two", a="uno", b="due")
+    arguments = [_resolved(storage, hash="h2").model_dump_json(by_alias=True), str(new)]
+    killed = subprocess.run([sys.executable, "-c", _KILLED_IN_AN_UPLOAD, *arguments])
+    assert killed.returncode == -signal.SIGKILL
+    store = open_store(storage)
+    assert (store.get_bytes("work/a"), store.get_bytes("work/b")) == (b"uno", b"two")
+    assert artifacts.find(store, _resolved(storage)) is None, "half of its files are the new ones"
+    assert artifacts.find(store, _resolved(storage, hash="h2")) is None
+    again = _commit(storage, new, hash="h2", attempt=2)
+    assert artifacts.find(store, _resolved(storage, hash="h2")) == again
 
 
 def test_pods_leave_parts_and_the_first_waits_for_the_others(storage, tmp_path):

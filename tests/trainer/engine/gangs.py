@@ -148,6 +148,7 @@ class Trained:
     history: list[dict[str, Any]]
     first_step: int
     metrics: dict[str, float]
+    message: str
 
 
 class Synthetic:
@@ -209,7 +210,12 @@ def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Train
         first_step = loop.step
         loop.run()
         leave_model(ctx.output, loop, card)
-        return Trained(history=loop.history.records, first_step=first_step, metrics=final_metrics(loop, card))
+        return Trained(
+            history=loop.history.records,
+            first_step=first_step,
+            metrics=final_metrics(loop, card),
+            message=loop.message,
+        )
 
     return joined(rank, world, run, layout, to_the_end)
 

@@ -1,8 +1,10 @@
 """Only what was committed and is whole is resumed from."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +12,10 @@ from headrace_trainer.engine.checkpoint.manifest import folder_name, newest_firs
 from trainer.engine.gangs import TP1, TP2, Run, train
 
 
-def trained(folder: Path, **changes: object) -> Run:
+def trained(folder: Path, *, layout: dict[str, int] = TP1, **changes: object) -> Run:
     """A run with committed checkpoints of steps 2 and 4, and more steps to go."""
     run = Run(folder=folder, steps=6, every=2, stop_at=3, **changes)  # type: ignore[arg-type]
-    assert train(run, TP1)[0].error == "Stopped"
+    assert train(run, layout)[0].error == "Stopped"
     return replace(run, stop_at=None, attempt=2)
 
 
@@ -32,6 +34,19 @@ def corrupt(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
+
+
+def commit_damage(path: Path, content: bytes) -> None:
+    """Change a file of a checkpoint together with its size and digest in the manifest."""
+    path.write_bytes(content)
+    manifest = json.loads((path.parent / "checkpoint.json").read_text())
+    entry = next(f for f in manifest["files"] if f["path"] == path.name)
+    entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path.parent / "checkpoint.json").write_text(json.dumps(manifest))
+
+
+def folders(run: Run) -> list[str]:
+    return sorted(p.name for p in (run.folder / "storage" / "pretrain" / "checkpoints").glob("*/*"))
 
 
 def test_the_newest_is_taken(tmp_path: Path) -> None:
@@ -59,34 +74,111 @@ def test_a_corrupt_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert resumed_at(run) == 2
 
 
+@pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "common.pt", "metadata.json"])
+def test_one_that_cannot_be_loaded_is_passed_over_on_every_rank(tmp_path: Path, file: str) -> None:
+    run = replace(trained(tmp_path, layout=TP2), every=1000)
+    path = checkpoint(run, 4) / file
+    commit_damage(path, b"x" * path.stat().st_size)
+    ended = train(run, TP2)
+    assert [e.error for e in ended] == ["", ""], ended
+    assert [e.value.first_step for e in ended] == [2, 2]
+    assert json.loads((path.parent / "corrupt.json").read_text())["reason"]
+
+
+def test_corrupt_ones_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    run = trained(tmp_path, overrides={"checkpoint": {"every": 2, "keep": 2}})
+    corrupt(checkpoint(run, 4) / "__0_0.distcp")
+    once_more = {"checkpoint": {"every": 5, "keep": 2}}
+    run = replace(run, overrides=once_more, stop_at=4)
+    assert train(run, TP1)[0].error == "Stopped"
+    assert folders(run) == ["step-00000002-a1", "step-00000004-a1", "step-00000005-a2"]
+    corrupt(checkpoint(run, 5) / "__0_0.distcp")
+    assert resumed_at(replace(run, stop_at=None, attempt=3)) == 2
+
+
+def test_one_that_was_corrupt_is_the_last_resort(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    good = (checkpoint(run, 4) / "__0_0.distcp").read_bytes()
+    for step in (2, 4):
+        corrupt(checkpoint(run, step) / "__0_0.distcp")
+    assert train(run, TP1)[0].error == "StorageError"
+    (checkpoint(run, 4) / "__0_0.distcp").write_bytes(good)
+    assert resumed_at(run) == 4
+
+
 def test_none_that_is_whole_is_a_storage_error(tmp_path: Path) -> None:
     run = trained(tmp_path)
     for step in (2, 4):
         corrupt(checkpoint(run, step) / "__0_0.distcp")
     ended = train(run, TP2)
     assert [e.error for e in ended] == ["StorageError", "StorageError"]
-    assert "all 2 committed checkpoints are corrupt" in ended[1].message
+    assert "none of the 2 committed checkpoints can be loaded" in ended[1].message
+    assert "a file's digest is not the one in the manifest" in ended[1].message
 
 
-@pytest.mark.parametrize("change", [{"seed": 8}, {"shards_digest": "e" * 64}])
-def test_one_of_another_run_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 8}, "seed: 7 there, 8 here"),
+        ({"shards_digest": "e" * 64}, "inputs.shards: dddddddddddd there, eeeeeeeeeeee here"),
+        ({"learning_rate": 1e-3}, "schedule.learningRate: 0.003 there, 0.001 here"),
+        ({"model": {"layers": 2}}, "model.layers: 4 there, 2 here"),
+        ({"steps": 3}, "tokens: this run ends at step 3"),
+    ],
+    ids=["seed", "data", "learning rate", "model", "fewer tokens"],
+)
+def test_unfinished_work_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
     run = trained(tmp_path)
-    ended = train(replace(run, **change), TP1)  # type: ignore[arg-type]
-    assert ended[0].error == "UserError"
-    assert "belongs to another run" in ended[0].message
+    before = folders(run)
+    ended = train(replace(run, **change), TP2)
+    assert [e.error for e in ended] == ["UserError", "UserError"]
+    assert named in ended[1].message
+    assert "onMismatch to restart" in ended[1].message
+    assert folders(run) == before
+
+
+def test_it_is_left_where_it_is_where_a_restart_is_asked_for(tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    other = replace(run, seed=8, overrides={"checkpoint": {"every": 2, "keep": 9, "onMismatch": "restart"}})
+    ended = train(replace(other, stop_at=2), TP1)
+    assert ended[0].error == "Stopped"
+    assert resumed_at(replace(other, attempt=3)) == 3, "the second training has checkpoints of its own"
+    assert resumed_at(replace(run, attempt=4)) == 4, "and the first one can be gone back to"
+
+
+def test_work_that_was_finished_does_not_hinder_another(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path, steps=4)
+    assert train(run, TP1)[0].error == ""
+    again = train(replace(run, attempt=2, shards_digest="e" * 64), TP1)[0].value
+    assert again.first_step == 0
+    assert again.message.startswith("began at step 0: the checkpoint of step 4 of 4")
+    assert "inputs.shards: dddddddddddd there, eeeeeeeeeeee here" in again.message
 
 
 def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
     run = Run(folder=tmp_path, steps=9, every=2, overrides={"checkpoint": {"every": 2, "keep": 2}})
     assert train(run, TP1)[0].error == ""
-    folders = sorted(p.name for p in (tmp_path / "storage" / "pretrain" / "checkpoints").glob("*/*"))
-    assert folders == ["step-00000006-a1", "step-00000008-a1"]
+    assert folders(run) == ["step-00000008-a1", "step-00000009-a1"]
+
+
+def test_a_finished_run_has_only_its_model_to_deliver(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path, steps=5, every=2)
+    first = train(run, TP1)[0].value
+    again = train(replace(run, attempt=2), TP1)[0].value
+    assert again.first_step == 5
+    assert again.history == first.history
+    assert folders(run) == ["step-00000004-a1", "step-00000005-a1"]
 
 
 def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     folder = checkpoint(trained(tmp_path), 4)
     manifest = json.loads((folder / "checkpoint.json").read_text())
-    assert (manifest["step"], manifest["consumedSamples"], manifest["seed"]) == (4, 32, 7)
+    assert (manifest["step"], manifest["steps"], manifest["consumedSamples"]) == (4, 6, 32)
+    assert manifest["identity"]["seed"] == 7
+    assert manifest["identity"]["inputs"] == {"shards": "d" * 64}
+    assert manifest["identity"]["config"]["model"]["layers"] == 4
     assert manifest["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
     names = {f["path"] for f in manifest["files"]}
     assert names == {p.name for p in folder.iterdir()} - {"checkpoint.json"}

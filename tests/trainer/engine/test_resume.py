@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.engine.gangs import DP2, PP2, TP1, TP2, TP2_PP2, Ended, Run, gang, losses, train, train_rank
+from trainer.engine.gangs import BATCH, DP2, LENGTH, PP2, TP1, TP2, TP2_PP2, Ended, Run, gang, losses, train, train_rank
 
 STEPS, EVERY = 14, 4
 LAYOUTS = {"TP2": TP2, "DP2": DP2}
@@ -76,18 +76,50 @@ def test_dying_in_an_upload_leaves_the_checkpoint_before_it(
     assert not list((tmp_path / "storage").rglob("step-00000008-a1/*"))
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(TP2, DP2), (DP2, PP2), pytest.param(TP2_PP2, TP1, marks=pytest.mark.slow)],
-    ids=["TP2-DP2", "DP2-PP2", "TP2xPP2-TP1"],
-)
-def test_another_layout_takes_over(
-    tmp_path: Path, undisturbed: Callable[[str], list[str]], before: dict[str, int], after: dict[str, int]
+def test_every_layout_goes_on_from_the_checkpoint_of_a_killed_one(
+    tmp_path: Path, undisturbed: Callable[[str], list[str]]
 ) -> None:
-    run = Run(folder=tmp_path, steps=STEPS, stop_at=6)
-    assert train(run, before)[0].error == "Stopped"
-    moved = losses(replace(run, stop_at=None, attempt=2), after)
+    """Tensor 2 x pipeline 2, then pipeline 2, then data 2, then one rank; each but the last is killed."""
+    run = Run(folder=tmp_path, steps=STEPS, every=3)
+    for attempt, (layout, die_at) in enumerate([(TP2_PP2, 4), (PP2, 7), (DP2, 10)], start=1):
+        killed = train(replace(run, attempt=attempt, die_at=die_at), layout)
+        assert killed[-1].exit_code == -9
+    ended = train(replace(run, attempt=4), TP1)
+    assert ended[0].value.first_step >= 6, "every attempt went on from a checkpoint of the one before it"
+    assert "saved as tensor 1 x pipeline 1 x data 2" in ended[0].value.message
+    moved = [record["loss"] for record in ended[0].value.history]
     assert moved == pytest.approx([float.fromhex(h) for h in undisturbed("TP2")], abs=1e-5, rel=0)
+
+
+# A rate that does not depend on the length, so that a longer run begins like a shorter one.
+CONSTANT = {"schedule": {"learningRate": 3e-3, "warmup": 2, "decay": "constant"}}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"microBatchSize": 4},
+        {"checkpoint": {"every": 3, "keep": 7}},
+        {"validation": {"every": 3, "samples": 2}},
+        {"tokens": 2 * STEPS * BATCH * LENGTH},
+    ],
+    ids=lambda overrides: str(next(iter(overrides))),
+)
+def test_a_change_of_how_it_is_trained_goes_on_where_it_was(
+    tmp_path: Path, at_a_constant_rate: list[float], overrides: dict[str, Any]
+) -> None:
+    run = Run(folder=tmp_path, steps=STEPS, stop_at=5, overrides=CONSTANT)
+    assert train(run, TP2)[0].error == "Stopped"
+    ended = train(replace(run, attempt=2, stop_at=None, overrides=CONSTANT | overrides), TP2)
+    assert first_steps(ended) == {6}
+    records = ended[0].value.history
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    assert [r["loss"] for r in records[:STEPS]] == pytest.approx(at_a_constant_rate, abs=1e-5, rel=0)
+
+
+@pytest.fixture(scope="module")
+def at_a_constant_rate(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(Run(folder=tmp_path_factory.mktemp("constant"), steps=STEPS, overrides=CONSTANT), TP2)
 
 
 def test_bf16_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def shards(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Artifa
     return finish(make_context(folder, kind="shards", config=config, storage=storage, inputs=inputs))
 
 
-def resolved(storage: Storage, shards: ArtifactRef, *, attempt: int) -> ResolvedStage:
+def resolved(storage: Storage, shards: ArtifactRef, *, attempt: int, name: str = "base") -> ResolvedStage:
     shape = {"layers": 2, "hiddenSize": 32, "heads": 4, "kvHeads": 2, "ffnHiddenSize": 64}
     pretrain = {
         "from": {"shards": "shards"},
@@ -65,25 +65,34 @@ def resolved(storage: Storage, shards: ArtifactRef, *, attempt: int) -> Resolved
     return ResolvedStage.model_validate(
         {
             "run": "two-nodes",
-            "stage": {"name": "base", "compute": {"nodes": 2}, "pretrain": pretrain},
+            "stage": {"name": name, "compute": {"nodes": 2}, "pretrain": pretrain},
             "attempt": attempt,
             "seed": 3,
             "hash": "b" * 64,
             "inputs": {"shards": shards},
             "storage": storage,
-            "outputUri": f"{storage.uri}/base",
+            "outputUri": f"{storage.uri}/{name}",
         }
     )
 
 
-def run_node(rank: int, world: int, stage: ResolvedStage, folder: Path, stop: bool) -> Any:
-    """One rank on a node of its own."""
+def run_node(rank: int, world: int, stage: ResolvedStage, folder: Path, stop: bool = False, broken: str = "") -> Any:
+    """One rank on a node of its own; it cannot store keys that end with ``broken``."""
+    from headrace_trainer.errors import StorageError
     from headrace_trainer.stage import StageContext, run_stage
 
     scratch = folder / f"node-{rank}-attempt-{stage.attempt}"
     ctx = StageContext(resolved=stage, scratch=scratch, rank=rank, world=world, index=rank)
     if stop and rank == 1:
         (scratch / "stop").touch()
+    put_file = ctx.store.put_file
+
+    def put_or_fail(key: str, path: Path) -> None:
+        if broken and key.endswith(broken):
+            raise StorageError(f"{key}: 503 slow down")
+        put_file(key, path)
+
+    ctx.store.put_file = put_or_fail  # type: ignore[method-assign]
     outcome = run_stage(ctx)
     return outcome, sorted(p.name for p in scratch.iterdir())
 
@@ -92,7 +101,7 @@ def test_two_nodes_train_stop_resume_and_commit(tmp_path: Path, storage: Storage
     stopped = gang(run_node, 2, resolved(storage, shards, attempt=1), tmp_path, True)
     assert [e.error for e in stopped] == ["Stopped", "Stopped"], stopped
 
-    ended: list[Ended] = gang(run_node, 2, resolved(storage, shards, attempt=2), tmp_path, False)
+    ended: list[Ended] = gang(run_node, 2, resolved(storage, shards, attempt=2), tmp_path)
     assert [e.error for e in ended] == ["", ""], ended
     outcome, _ = ended[0].value
     assert outcome.metrics["steps"] == 12
@@ -115,7 +124,20 @@ def test_two_nodes_train_stop_resume_and_commit(tmp_path: Path, storage: Storage
 
 
 def test_checkpoints_leave_nothing_on_the_node(tmp_path: Path, storage: Storage, shards: ArtifactRef) -> None:
-    stage = resolved(storage, shards, attempt=3)
-    ended = gang(run_node, 2, stage, tmp_path, False)
+    stage = resolved(storage, shards, attempt=1, name="tidy")
+    ended = gang(run_node, 2, stage, tmp_path)
     assert [e.error for e in ended] == ["", ""], ended
     assert not [p for p in tmp_path.rglob("*.distcp") if "output" not in p.parts]
+
+
+def test_an_upload_that_failed_is_repeated_and_nothing_is_trained_again(
+    tmp_path: Path, storage: Storage, shards: ArtifactRef
+) -> None:
+    failed = gang(run_node, 2, resolved(storage, shards, attempt=1, name="late"), tmp_path, False, "late/model.json")
+    assert failed[0].error == "StorageError"
+    ended = gang(run_node, 2, resolved(storage, shards, attempt=2, name="late"), tmp_path)
+    assert [e.error for e in ended] == ["", ""], ended
+    metrics = ended[0].value[0].metrics
+    assert metrics["steps"] == 12
+    assert metrics["validationLoss"] > 0
+    assert "tokensPerSecond" not in metrics  # no step was run

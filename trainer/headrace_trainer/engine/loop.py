@@ -73,15 +73,13 @@ class Loop:
         """Continue from the newest committed checkpoint; start from the seed's weights where there is none."""
         self._report("Starting")
         found = self.checkpointer.resume(self.state)
-        if found is None:
+        self.message = found.message
+        if found.saved is None:
             self.start()
             return
         self.step, self.saved = found.saved.step, found.saved
         assert found.consumed_samples == self.consumed_samples
         self.history = History.loads(found.extras[HISTORY_FILE])
-        self.message = f"resumed after step {self.step}"
-        if found.passed_over:
-            self.message += f"; passed over as corrupt: {', '.join(found.passed_over)}"
 
     def run(self) -> None:
         """Train to the last step.
@@ -100,6 +98,8 @@ class Loop:
             self._report("Running")
             if agreed.must_stop and self.step < self.config.steps:
                 raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
+        if self.saved is None or self.saved.step != self.step:
+            self._save()  # should the model not reach storage, the next attempt has only that left to do
 
     @property
     def consumed_samples(self) -> int:

@@ -7,14 +7,16 @@ written twice, so a writer that outlived its attempt cannot spoil one that was c
 import re
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 
 from pydantic import Field
 
 from headrace_api.artifact import ArtifactFile
 from headrace_api.base import Spec
-from headrace_api.stages.pretrain import Precision
 
 MANIFEST_FILE = "checkpoint.json"
+CORRUPT_FILE = "corrupt.json"
+"""Put beside the manifest of a checkpoint that could not be loaded."""
 STATELESS = "stateless"
 """Nothing that is random outlives a step: batches follow from the sample counter, start weights from the seed."""
 
@@ -37,20 +39,16 @@ class CheckpointManifest(Spec):
 
     stage: str
     """stage is the name of the stage."""
-    hash: str
-    """hash is the stage_hash that it was made for."""
+    identity: dict[str, Any]
+    """identity is the resume_identity of the run: another run goes on from here if it has the same."""
     attempt: int
     """attempt is the one that made it."""
     step: int = Field(ge=0)
     """step is the number of optimizer steps that it holds."""
+    steps: int = Field(ge=1)
+    """steps is the number that the run had to do when it was made."""
     consumed_samples: int = Field(ge=0)
     """consumedSamples is the whole state of the data: the number of the next sample."""
-    seed: int
-    """seed is the run's."""
-    shards_digest: str
-    """shardsDigest is the digest of the token shards that were read."""
-    precision: Precision
-    """precision is the number format of the weights."""
     layout: Axes
     """layout is the one that wrote it."""
     rng_policy: str = STATELESS

@@ -69,15 +69,27 @@ def save_weights(model: MegatronModule, folder: Path) -> None:
     _write({"model": _sharded_model(model)}, folder)
 
 
-def load_state(state: TrainState, folder: Path) -> None:
-    """Read what ``save_state`` wrote, under whatever layout. Every rank calls."""
+def load_state(state: TrainState, folder: Path) -> str | None:
+    """Read what ``save_state`` wrote, under whatever layout. Every rank calls.
+
+    Returns:
+        Why the folder could not be read, which other ranks may not know; None if it was.
+    """
     state.optimizer.load_state_dict(state.optimizer.state_dict())  # allocates the moments
-    loaded = _read(_sharded(state), folder)
-    state.model.load_state_dict(loaded["model"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    try:
+        loaded = _read(_sharded(state), folder)
+        state.model.load_state_dict(loaded["model"])
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    except torch.OutOfMemoryError:
+        raise
+    except CheckpointException as error:  # not an Exception: torch derives it from BaseException
+        return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()) or str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     with torch.no_grad():
         for name, moment in _sharded(state)["moments"].items():
             moment.data.copy_(loaded["moments"][name])
+    return None
 
 
 def load_weights(model: MegatronModule, folder: Path) -> None:

@@ -4,11 +4,16 @@ In: a store and the folder below which checkpoints are. Out: what is committed t
 gang of ranks use it.
 """
 
+import json
 import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from headrace_trainer.engine.checkpoint.choice import Training
 from headrace_trainer.engine.checkpoint.manifest import (
+    CORRUPT_FILE,
     MANIFEST_FILE,
     CheckpointManifest,
     folder_name,
@@ -42,11 +47,13 @@ class CheckpointStore:
 
     def new_name(self, step: int, attempt: int) -> str:
         """A folder name that nothing was ever stored under."""
-        return folder_name(step, attempt, taken=self._folders())
+        return folder_name(step, attempt, taken=_folders(self._paths()))
 
     def committed(self) -> list[str]:
-        """Names of the folders with a manifest, the newest first."""
-        return newest_first(p.removesuffix(f"/{MANIFEST_FILE}") for p in self._paths() if p.endswith(MANIFEST_FILE))
+        """Names of the folders with a manifest: the newest first, and those that could not be loaded once after all others."""
+        paths = self._paths()
+        marked = _with_file(paths, CORRUPT_FILE)
+        return sorted(newest_first(_with_file(paths, MANIFEST_FILE)), key=lambda name: name in marked)
 
     def read_manifest(self, name: str) -> CheckpointManifest | None:
         """The manifest, or None where it is damaged or a file that it lists is missing or cut short."""
@@ -59,27 +66,71 @@ class CheckpointStore:
         return manifest if all(sizes.get(self.key(name, f.path)) == f.bytes for f in manifest.files) else None
 
     def commit(self, name: str, manifest: CheckpointManifest, *, keep: int) -> None:
-        """Store the manifest, which makes the checkpoint exist; then remove what is older than the newest ``keep``."""
+        """Store the manifest, which makes the checkpoint exist; then remove what is older than the newest ``keep``.
+
+        Raises:
+            StorageError: a file is not there, or not as long as it was when it was sent.
+        """
         text = manifest.model_dump_json(by_alias=True, indent=1)
         self.store.put_bytes(self.key(name, MANIFEST_FILE), text.encode())
+        if self.read_manifest(name) is None:
+            raise StorageError(f"{self.uri(name)}: not whole though it was just stored: check the storage's health")
         try:
             self._prune(newest=name, keep=keep)
         except StorageError as error:
             # The work is saved: too many copies of it are no reason to end the run.
             log.warning("old checkpoints could not be removed: %s", error)
 
+    def mark_corrupt(self, name: str, reason: str) -> None:
+        """Note beside a checkpoint why it could not be loaded: it is tried last from now on, and keeps no place of a good one.
+
+        It is not removed: what failed may have been the node.
+        """
+        log.warning("checkpoint %s is passed over: %s", self.uri(name), reason)
+        note = json.dumps({"reason": reason, "time": datetime.now(UTC).isoformat()})
+        try:
+            self.store.put_bytes(self.key(name, CORRUPT_FILE), note.encode())
+        except StorageError as error:
+            log.warning("that could not be noted in storage: %s", error)
+
     def _prune(self, *, newest: str, keep: int) -> None:
-        """Remove committed checkpoints beyond ``keep``, and older ones that were begun and never finished."""
-        kept = {newest, *self.committed()[:keep]}
-        for name in newest_first(self._folders()):
-            if name not in kept and step_of(name) <= step_of(newest):
+        """Remove what is older than the newest ``keep`` whole checkpoints, and older ones that were never finished."""
+        paths = self._paths()
+        committed, marked = _with_file(paths, MANIFEST_FILE), _with_file(paths, CORRUPT_FILE)
+        kept = 0
+        for name in newest_first(_folders(paths)):
+            if step_of(name) > step_of(newest):
+                continue
+            if kept == keep or name not in committed:
                 # The manifest goes first: what is half removed is no longer committed.
                 self.store.delete(self.key(name, MANIFEST_FILE))
                 self.store.delete(self.key(name, ""))
+            elif name not in marked and self.read_manifest(name) is not None:
+                kept += 1
 
     def _paths(self) -> list[str]:
         prefix = f"{self.root}/"
         return [info.key.removeprefix(prefix) for info in self.store.list(prefix)]
 
-    def _folders(self) -> set[str]:
-        return {path.partition("/")[0] for path in self._paths()}
+
+def find_trainings(store: ObjectStore, root: str) -> list[Training]:
+    """What lies below the folder of a stage's checkpoints: each folder of a training with a checkpoint that can be read."""
+    prefix = f"{root}/"
+    folders = _folders(info.key.removeprefix(prefix) for info in store.list(prefix))
+    found = []
+    for folder in sorted(folders):
+        checkpoints = CheckpointStore(store, f"{root}/{folder}")
+        manifests = (checkpoints.read_manifest(name) for name in checkpoints.committed())
+        newest = next(filter(None, manifests), None)
+        if newest is not None:
+            found.append(Training(folder=folder, newest=newest))
+    return found
+
+
+def _folders(paths: Iterable[str]) -> set[str]:
+    return {path.partition("/")[0] for path in paths}
+
+
+def _with_file(paths: Iterable[str], file: str) -> set[str]:
+    """The folders that hold a file of this name."""
+    return {path.removesuffix(f"/{file}") for path in paths if path.endswith(f"/{file}")}

@@ -8,10 +8,11 @@ import math
 import shutil
 from pathlib import Path
 
+from headrace_api.artifact import resume_identity
 from headrace_api.parallelism import layout
 from headrace_api.stages import Pretrain
 from headrace_trainer.engine.batches import Batches, Samples
-from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer, Identity
+from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import build_model, check_precision
@@ -162,18 +163,14 @@ def _card(config: Pretrain, shards: Path) -> ModelCard:
 
 def _checkpointer(ctx: StageContext, ranks: Gang, config: Pretrain) -> Checkpointer:
     resolved = ctx.resolved
-    identity = Identity(
-        stage=resolved.stage.name,
-        hash=resolved.hash,
-        seed=resolved.seed,
-        shards_digest=resolved.inputs["shards"].digest,
-        precision=config.precision,
-    )
+    inputs = {slot: ref.digest for slot, ref in resolved.inputs.items()}
     return Checkpointer(
         store=ctx.store,
         scratch=ctx.scratch,
         gang=ranks,
-        identity=identity,
+        stage=resolved.stage.name,
+        identity=resume_identity(config, seed=resolved.seed, inputs=inputs),
         attempt=resolved.attempt,
-        keep=config.checkpoint.keep,
+        steps=config.steps,
+        settings=config.checkpoint,
     )
