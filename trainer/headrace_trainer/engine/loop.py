@@ -94,22 +94,29 @@ class Loop:
             Stopped: some rank was asked to stop; a checkpoint of this step is committed.
             UserError: the loss or the gradient is no longer a finite number.
         """
+        self.pace.restart()
         with collected_between_steps():
-            self._run_steps()
+            while self.step < self.config.steps:
+                self.advance()
         self.stepper.gather_weights()
 
-    def _run_steps(self) -> None:
-        self.pace.restart()
-        while self.step < self.config.steps:
-            agreed = self._train_step()
-            if self._validation_due():
-                self._validate()
-            if agreed.must_save or (agreed.must_stop and self.step < self.config.steps):
-                self._save()
-            self._report("Running")
-            if agreed.must_stop and self.step < self.config.steps:
-                raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
-            collect_after(self.step)
+    def advance(self) -> None:
+        """One step, and what is due after it.
+
+        Raises:
+            Stopped: as ``run``.
+            UserError: as ``run``.
+        """
+        agreed = self._train_step()
+        if self._validation_due():
+            self._validate()
+        must_stop = agreed.must_stop and self.step < self.config.steps
+        if agreed.must_save or must_stop:
+            self._save()
+        self._report("Running")
+        if must_stop:
+            raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
+        collect_after(self.step)
 
     @property
     def consumed_samples(self) -> int:
