@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Run:
     """The last rank is asked to stop while it reads the batch of this step."""
     full_at: int | None = None
     """The last rank can write no file of more than 20 kB from this step on, as on a disk that is nearly full."""
+    bucket_size: int | None = None
+    """Parameters in a bucket whose gradients are reduced together; one bucket holds them all if None."""
     nodes: bool = False
     """Whether every rank has a scratch folder of its own, as on nodes of their own."""
 
@@ -222,12 +225,15 @@ def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Train
 
 def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callable[[Any, Any, Any], Any]) -> Any:
     """``work(loop, context, card)`` on a rank that has joined its gang, before the first step."""
+    from headrace_trainer.engine.optimizer import wrap_model
     from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import describe
     from headrace_trainer.stage import StageContext
+    from headrace_trainer.stages.pretrain import stage as pretrain
     from headrace_trainer.stages.pretrain.stage import build_loop
     from headrace_trainer.stages.pretrain.stage import layout as check_layout
 
+    pretrain.wrap_model = partial(wrap_model, bucket_size=run.bucket_size)  # type: ignore[attr-defined]
     stage = resolved(run, layout)
     config = stage.stage.pretrain
     assert config is not None

@@ -1,12 +1,17 @@
 """Which samples, which rate, how fast: the pure parts of the loop."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from headrace_api.stages.pretrain import Schedule
-from headrace_trainer.engine.batches import positions
+from headrace_trainer.engine.batches import Batches, positions
 from headrace_trainer.engine.history import History
+from headrace_trainer.engine.objective import NextToken
 from headrace_trainer.engine.pace import Pace
 from headrace_trainer.engine.schedule import is_due, learning_rate
 
@@ -25,6 +30,26 @@ def test_replicas_share_a_global_batch_without_rest(data_ranks: int, micro_batch
 
 def test_a_rest_is_filled_up_to_whole_rounds() -> None:
     assert positions(size=5, micro_batch_size=2, data_rank=1, data_ranks=2) == [[2, 3], [6, 7]]
+
+
+def test_samples_are_read_when_their_micro_batch_is_due() -> None:
+    read: list[int] = []
+
+    class Noted:
+        num_samples = 100
+
+        def sample(self, index: int) -> np.ndarray:
+            read.append(index)
+            return np.arange(9)
+
+    place: Any = SimpleNamespace(data_rank=1, layout=SimpleNamespace(data=2), device=torch.device("cpu"))
+    batches = Batches(samples=Noted(), objective=NextToken(), gang=place, micro_batch_size=2)
+    batch = batches.read(40, 7)
+    assert (batch.num_micro_batches, read) == (2, [])
+    assert next(batch.micro_batches).mask_BT[:, 0].tolist() == [1.0, 1.0]
+    assert read == [42, 43]
+    assert next(batch.micro_batches).mask_BT[:, 0].tolist() == [1.0, 0.0]
+    assert read == [42, 43, 46, 46]
 
 
 @pytest.mark.parametrize(

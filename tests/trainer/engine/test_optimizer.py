@@ -52,7 +52,9 @@ def follow_adamw(rank: int, world: int, layout: dict[str, int], decay: float) ->
             for group in reference.param_groups:
                 group["lr"] = rate
             reference.step()
-            norm = stepper.update(rate)
+            norm = stepper.gradient_norm()
+            stepper.update(learning_rate=rate, gradient_norm=norm)
+            stepper.gather_weights()
             difference = max((a - b).abs().max().item() for a, b in zip(model.parameters(), copies, strict=True))
             found.append((difference, norm, expected.item()))
         return found

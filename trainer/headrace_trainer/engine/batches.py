@@ -40,6 +40,14 @@ def positions(*, size: int, micro_batch_size: int, data_rank: int, data_ranks: i
 
 
 @dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """One rank's part of a global batch. Micro-batches are read as they are asked for: while the GPU computes."""
+
+    num_micro_batches: int
+    micro_batches: Iterator[Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batches:
     """Reads this rank's part of any global batch."""
 
@@ -48,21 +56,20 @@ class Batches:
     gang: Gang
     micro_batch_size: int
 
-    def read(self, first: int, size: int) -> list[Batch]:
-        """This rank's micro-batches of the global batch of samples ``first`` to ``first + size - 1``.
+    def read(self, first: int, size: int) -> GlobalBatch:
+        """This rank's part of the global batch of samples ``first`` to ``first + size - 1``.
 
         Where ``size`` does not fill every micro-batch, the rest are repetitions that do not count.
         """
-        return list(self._read(first, size))
-
-    def _read(self, first: int, size: int) -> Iterator[Batch]:
         mine = positions(
             size=size,
             micro_batch_size=self.micro_batch_size,
             data_rank=self.gang.data_rank,
             data_ranks=self.gang.layout.data,
         )
-        for micro_batch in mine:
-            samples = [self.samples.sample(first + min(p, size - 1)) for p in micro_batch]
-            weights = [float(p < size) for p in micro_batch]
-            yield self.objective.collate(samples, weights, self.gang.device)
+
+        def micro_batch(positions: list[int]) -> Batch:
+            samples = [self.samples.sample(first + min(p, size - 1)) for p in positions]
+            return self.objective.collate(samples, [float(p < size) for p in positions], self.gang.device)
+
+        return GlobalBatch(num_micro_batches=len(mine), micro_batches=map(micro_batch, mine))

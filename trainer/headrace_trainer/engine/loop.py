@@ -11,16 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from headrace_api.contract import SavedCheckpoint
 from headrace_api.stages.pretrain import Pretrain
 from headrace_trainer.engine.batches import Batches
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState
+from headrace_trainer.engine.device import send
+from headrace_trainer.engine.garbage import collect_after, collected_between_steps
 from headrace_trainer.engine.history import History
 from headrace_trainer.engine.pace import Pace
-from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.engine.parallel import Gang, Sum
 from headrace_trainer.engine.schedule import is_due, learning_rate
-from headrace_trainer.engine.step import Share, Stepper
+from headrace_trainer.engine.step import Stepper
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.model_card import HISTORY_FILE
 
@@ -89,17 +93,30 @@ class Loop:
             UserError: the loss or the gradient is no longer a finite number.
         """
         self.pace.restart()
-        while self.step < self.config.steps:
-            agreed = self._train_step()
-            if self._validation_due():
-                self._validate()
-            if agreed.must_save or (agreed.must_stop and self.step < self.config.steps):
-                self._save()
-            self._report("Running")
-            if agreed.must_stop and self.step < self.config.steps:
-                raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
+        with collected_between_steps():
+            while self.step < self.config.steps:
+                self.advance()
+        self.stepper.gather_weights()
         if self.saved is None or self.saved.step != self.step:
             self._save()  # should the model not reach storage, the next attempt has only that left to do
+
+    def advance(self) -> None:
+        """One step, and what is due after it.
+
+        Raises:
+            Stopped: as ``run``.
+            UserError: as ``run``.
+        """
+        agreed = self._train_step()
+        if self._validation_due():
+            self._validate()
+        must_stop = agreed.must_stop and self.step < self.config.steps
+        if agreed.must_save or must_stop:
+            self._save()
+        self._report("Running")
+        if must_stop:
+            raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
+        collect_after(self.step)
 
     @property
     def consumed_samples(self) -> int:
@@ -107,25 +124,31 @@ class Loop:
         return self.step * self.config.global_batch_size
 
     def _train_step(self) -> Agreed:
-        batches = self.training.read(self.consumed_samples, self.config.global_batch_size)
-        agreed = self._agree(self.stepper.gradients(batches))
+        batch = self.training.read(self.consumed_samples, self.config.global_batch_size)
+        exchange = self._exchange(self.stepper.gradients(batch))
+        # The ranks meet for the norm; the exchange, begun before it, has then arrived as well.
+        grad_norm = self.stepper.gradient_norm()
+        agreed = self._agreed(exchange)
         self._check_finite("loss", agreed.loss)
-        rate = learning_rate(self.config.schedule, step=self.step + 1, steps=self.config.steps)
-        grad_norm = self.stepper.update(rate)
         self._check_finite("gradient norm", grad_norm)
+        rate = learning_rate(self.config.schedule, step=self.step + 1, steps=self.config.steps)
+        self.stepper.update(learning_rate=rate, gradient_norm=grad_norm)
         self.step += 1
         tokens = self.step * self.config.tokens_per_step
         self.history.add(step=self.step, loss=agreed.loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens)
         self.pace.step()
         return agreed
 
-    def _agree(self, share: Share) -> Agreed:
-        """One exchange a step: the loss, and what any rank asks for."""
+    def _exchange(self, loss_sums: torch.Tensor) -> Sum:
+        """Begin the one exchange of a step: the loss, and what any rank asks for."""
         elapsed = time.monotonic() - self._saved_at
         # Clocks differ between ranks: only the first rank's says that it is time to save.
         save = self.gang.is_first and is_due(self.config.checkpoint.every, step=self.step + 1, seconds=elapsed)
-        stop = self.host.stop_requested()
-        loss, num_tokens, stops, saves = self.gang.sum([share.loss, share.num_tokens, float(stop), float(save)])
+        asked = torch.tensor([self.host.stop_requested(), save], dtype=torch.float64)
+        return self.gang.start_sum(torch.cat((loss_sums, send(asked, self.gang.device))))
+
+    def _agreed(self, exchange: Sum) -> Agreed:
+        loss, num_tokens, stops, saves = exchange.result()
         return Agreed(loss=loss / num_tokens, must_stop=stops > 0, must_save=saves > 0)
 
     def _check_finite(self, what: str, value: float) -> None:
@@ -142,13 +165,13 @@ class Loop:
     def _validate(self) -> None:
         self._report("Evaluating")
         size = min(self.config.validation.samples, self.validation.samples.num_samples)
-        share = self.stepper.losses(self.validation.read(0, size))
-        loss, num_tokens = self.gang.sum([share.loss, share.num_tokens])
+        loss, num_tokens = self.gang.start_sum(self.stepper.losses(self.validation.read(0, size))).result()
         self.history.add_validation(loss / num_tokens)
         self.pace.restart()
 
     def _save(self) -> None:
         self._report("Saving")
+        self.stepper.gather_weights()
         extras = {HISTORY_FILE: self.history.dumps()} if self.gang.is_first else {}
         self.saved = self.checkpointer.save(
             self.state, step=self.step, consumed_samples=self.consumed_samples, extras=extras

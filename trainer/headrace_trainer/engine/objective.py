@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from headrace_trainer.engine.device import send
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -49,9 +51,9 @@ class NextToken:
 
     def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
         """Shift samples of T + 1 tokens into T inputs and T labels."""
-        sequences = torch.from_numpy(np.stack(samples)).to(device)
+        sequences = send(torch.from_numpy(np.stack(samples)), device)
         labels = sequences[:, 1:].contiguous()
-        mask = torch.tensor(weights, device=device)[:, None].expand(labels.shape)
+        mask = send(torch.tensor(weights), device)[:, None].expand(labels.shape)
         return Batch(tokens_BT=sequences[:, :-1].contiguous(), labels_BT=labels, mask_BT=mask)
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:

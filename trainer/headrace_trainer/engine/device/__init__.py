@@ -35,6 +35,11 @@ def compute_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if has_cuda() else torch.device("cpu")
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on ``device``; the host does not wait for the copy, nor for what the GPU does before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def collective_backend() -> str:
     """The backend of the default process group; CPU tensors go through gloo on every machine."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"

@@ -1,7 +1,8 @@
 """A rank's place in the gang, and the few things that ranks tell each other.
 
 In: the axes, from ``parallel.groups``. Out: a ``Gang``: who this rank is, and how it sums, gathers and agrees with the
-others over a group that carries CPU tensors and Python objects on every machine. ``train`` and ``checkpoint`` use it.
+others: sums of a step on the training backend, all else over a group that carries CPU tensors and Python objects on
+every machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,20 @@ from headrace_api.parallelism import Layout
 from headrace_trainer.errors import StorageError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over the gang that is on its way."""
+
+    _total: torch.Tensor
+    _work: dist.Work
+
+    def result(self) -> list[float]:
+        """Wait for it; every rank gets the same numbers, bit for bit."""
+        self._work.wait()
+        total: list[float] = self._total.tolist()
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,16 @@ class Gang:
     def counts_loss(self) -> bool:
         """Whether this rank's losses go into sums: one tensor rank of the last stage of each replica."""
         return self.is_last_stage and self.tensor_rank == 0
+
+    def start_sum(self, values: torch.Tensor) -> Sum:
+        """Begin to add up a vector over all ranks, on the backend that training uses.
+
+        Args:
+            values: on this rank's device; overwritten.
+        """
+        work = dist.all_reduce(values, async_op=True)
+        assert work is not None
+        return Sum(values, work)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up ``values`` over all ranks, in float64; every rank gets the same sums, bit for bit."""
