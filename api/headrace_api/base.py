@@ -1,17 +1,31 @@
 """The base class of every spec, and the scalar types that people write: ``140G``, ``30m``, ``s3://...``.
 
-In: YAML values. Out: numbers and strings with one meaning. Errors name the field, the value and the remedy
-(``errors.py`` prints them).
+In: YAML values. Out: numbers and strings with one meaning. Each type says its rules twice, for this process and for the
+API server (patterns, and CEL where a pattern cannot say it), and refuses with the remedy. ``errors.py`` prints them.
 """
 
 import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
 from pydantic.alias_generators import to_camel
+from pydantic_core import CoreSchema, core_schema
+
+JsonSchema = dict[str, Any]
 
 
 class Part(Enum):
@@ -66,25 +80,63 @@ class FieldError(ValueError):
         self.field, self.value, self.remedy = field, value, remedy
 
 
-_DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|[kMGBT]?)$")
-_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h|d)$")
+def rule(cel: str, message: str) -> JsonSchema:
+    """A CEL rule with the message of the API server's refusal."""
+    return {"rule": cel, "message": message}
+
+
+def api_rules(*rules: JsonSchema) -> ConfigDict:
+    """``model_config`` of a block whose checks the API server makes too: ``model_config = api_rules(rule(...))``."""
+    return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(rules)})
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Text that a pattern describes as a whole. The pattern must mean the same to Python and to Go's RE2."""
+
+    pattern: str
+    remedy: str
+
+    def check(self, value: str) -> str:
+        """The value, if it matches."""
+        if re.fullmatch(self.pattern, value) is None:
+            raise ValueError(self.remedy)
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        return {**handler(schema), "pattern": self.pattern}
+
+
+_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_SUFFIXES |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_QUANTITY = (
+    # No more decimals than the suffix makes whole.
+    r"^[0-9]{1,15}(|[kMGBT]|[KMGT]i|\.[0-9]{1,3}k|\.[0-9]{1,6}M|\.[0-9]{1,9}[GB]|\.[0-9]{1,12}T"
+    r"|\.(5|25|75|125|375|625|875)[KMGT]i)$"
+)
+_QUANTITY_LENGTH = 30
+_QUANTITY_PARTS = re.compile(r"([0-9]{1,15})(\.[0-9]+)?([KMGT]i|[kMGBT]?)")
+_DURATION = r"^[0-9]{1,9}(\.[0-9]{1,3})?(ms|s|m|h|d)$"
+_DURATION_PARTS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_STEPS = r"^[0-9]{1,9}$"
+_MOST_STEPS = 999_999_999
 
 
 def parse_quantity(value: object) -> object:
-    """``140G`` -> 140_000_000_000, ``64Mi`` -> 67_108_864; numbers pass through."""
+    """``140G`` -> 140_000_000_000, ``64Mi`` -> 67_108_864; whatever is not text passes through."""
     if not isinstance(value, str):
         return value
-    match = _QUANTITY.match(value.strip())
-    if match is None:
+    parts = _QUANTITY_PARTS.fullmatch(value)
+    if parts is None:
         raise ValueError("not a quantity; write a number with an optional suffix k, M, G, T, Ki, Mi or Gi, as 140G")
-    number, suffix = match.groups()
-    scaled = float(number) * {**_DECIMAL, **_BINARY}[suffix]
-    if scaled != int(scaled):
-        raise ValueError("not a whole number after its suffix is applied")
-    return int(scaled)
+    if re.fullmatch(_QUANTITY, value) is None:
+        raise ValueError("not a whole number once its suffix is applied; write fewer decimals, or a smaller suffix")
+    whole, decimals, suffix = parts.groups()
+    return int(Decimal(whole + (decimals or "")) * _SUFFIXES[suffix])
 
 
 def parse_duration(value: str) -> float:
@@ -93,33 +145,62 @@ def parse_duration(value: str) -> float:
     Raises:
         ValueError: the text has no number with a unit of ms, s, m, h or d.
     """
-    match = _DURATION.match(value.strip())
-    if match is None:
+    parts = _DURATION_PARTS.fullmatch(value)
+    if parts is None:
         raise ValueError("not a duration; write a number with a unit of ms, s, m, h or d, as 30m")
-    return float(match.group(1)) * _SECONDS[match.group(2)]
+    return float(parts[1]) * _SECONDS[parts[2]]
 
 
 def _check_cadence(value: object) -> object:
-    if isinstance(value, str) and value.isdigit():
-        return int(value)
-    if isinstance(value, str):
-        parse_duration(value)
-    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError("write a number of steps, as 100, or a duration, as 30m")
-    return value
+    if isinstance(value, str) and not re.fullmatch(_STEPS, value):
+        if parse_duration(value) <= 0:
+            raise ValueError("must be above 0; write a number of steps, as 100, or a duration, as 30m")
+        return value
+    steps = int(value) if isinstance(value, str) else value
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(f"write a number of steps from 1 to {_MOST_STEPS}, as 100, or a duration, as 30m")
+    return steps
 
 
-Quantity = Annotated[
-    int,
-    BeforeValidator(parse_quantity),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": _QUANTITY.pattern.replace("?:", "")}),
-]
+class _IntOrString:
+    """The schema of a whole number that may be written with a suffix. ``crd.py`` makes its bounds a CEL rule."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        bounds = {k: v for k, v in handler(schema).items() if k in ("minimum", "maximum")}
+        text = {"pattern": _QUANTITY, "maxLength": _QUANTITY_LENGTH}
+        return {"x-kubernetes-int-or-string": True, **text, **bounds}
+
+
+Quantity = Annotated[int, BeforeValidator(parse_quantity), _IntOrString()]
 """A count that may be written with a suffix."""
+
+
+MOST = 10**15
+"""The largest count that any field takes: double precision still tells it from the next one."""
+
+
+def cel_number(field: str) -> str:
+    """A ``Quantity`` as a double in CEL, off by less than a half. Kubernetes has no suffix B."""
+    text = f"quantity({field}.replace('B', 'G')).asApproximateFloat()"
+    return f"(type({field}) == int ? double({field}) : {text})"
+
+
+_CADENCE_RULE = rule(
+    f"type(self) == int ? self >= 1 && self <= {_MOST_STEPS} : self.matches('[1-9]')",
+    f"must be above 0: a number of steps up to {_MOST_STEPS}, as 100, or a duration, as 30m",
+)
 
 Cadence = Annotated[
     int | str,
     BeforeValidator(_check_cadence),
-    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": r"^[0-9]+(\.[0-9]+)?(ms|s|m|h|d)?$"}),
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "pattern": f"{_STEPS}|{_DURATION}",
+            "maxLength": _QUANTITY_LENGTH,
+            "x-kubernetes-validations": [_CADENCE_RULE],
+        }
+    ),
 ]
 """Every so many steps (a number) or every so much time (``30m``)."""
 
@@ -145,8 +226,59 @@ Figure = Annotated[float | None, BeforeValidator(_finite_or_none)]
 Figures = Annotated[dict[str, float], BeforeValidator(_only_finite)]
 """Measured numbers by name; those that are not finite are left out, and the others still read."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+Name = Annotated[
+    str,
+    Field(max_length=40),
+    Matches(
+        r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        "write lower-case letters, digits and hyphens, beginning with a letter and ending with a letter or digit",
+    ),
+]
 """A name that may become part of a Kubernetes object's name."""
+
+ObjectName = Annotated[
+    str,
+    Field(max_length=253),
+    Matches(
+        r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        "write the object's name: lower-case letters, digits, hyphens and dots",
+    ),
+]
+"""The name of a Kubernetes object that somebody else made."""
+
+Line = Annotated[
+    str,
+    Field(min_length=1),
+    Matches(r"^[^\x00-\x1f\x7f]*$", "write one line, without tabs, line breaks and other control characters"),
+]
+"""Text of one line."""
 
 Uri = Annotated[str, Field(min_length=1, max_length=1024)]
 """An ``s3://bucket/key`` address, a ``file://`` address or a path."""
+
+_BUCKET = r"^s3://\w[\w.-]{1,62}(/|$)"
+_SCHEMES = "only S3 and directories can be read: write s3://bucket/prefix, file:///folder or a path"
+
+
+def _check_scheme(uri: str) -> str:
+    if "://" in uri and not uri.startswith("file:///") and re.match(_BUCKET, uri, re.ASCII) is None:
+        raise ValueError(_SCHEMES)
+    return uri
+
+
+StoredUri = Annotated[
+    Line,
+    Field(
+        max_length=1024,
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                rule(
+                    f"!self.contains('://') || self.startsWith('file:///') || self.matches(r'{_BUCKET}')",
+                    _SCHEMES,
+                )
+            ]
+        },
+    ),
+    AfterValidator(_check_scheme),
+]
+"""A ``Uri`` that people write, of a kind that ``headrace_trainer.storage`` opens."""

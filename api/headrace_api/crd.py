@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 
 from headrace_api import GROUP, VERSION
-from headrace_api.model import PRESETS
-from headrace_api.run import MAX_NAMES, TrainingRun
+from headrace_api.base import cel_number, rule
+from headrace_api.run import ObjectMeta, TrainingRun
 from headrace_api.runtime import TrainingRuntime
-from headrace_api.stages import KINDS
 
 Schema = dict[str, Any]
 
@@ -40,74 +39,9 @@ _COLUMNS = [
 ]
 
 
-def _rule(rule: str, message: str) -> Schema:
-    return {"rule": rule, "message": message}
-
-
-def _divides(field: str, dimension: str) -> Schema:
-    """``field`` of ``parallelism`` must divide a dimension of the model: the one that is written, or its preset's."""
-    of_presets = ", ".join(f"'{name}': {arch.dump()[dimension]}" for name, arch in sorted(PRESETS.items()))
-    stated = f"(has(self.model.{dimension}) ? self.model.{dimension} : {{{of_presets}}}[self.model.preset])"
-    return _rule(
-        f"{stated} % self.parallelism.{field} == 0",
-        f"parallelism.{field} must divide the model's {dimension}; choose a divisor of it",
-    )
-
-
-_ONE_BLOCK = " + ".join(f"(has(self.{kind}) ? 1 : 0)" for kind in KINDS)
-_WORLD = "self.compute.nodes * (has(self.compute.ranksPerNode) ? self.compute.ranksPerNode : (self.compute.gpusPerNode > 0 ? self.compute.gpusPerNode : 1))"
-_REPLICA = "(self.pretrain.parallelism.tensor * self.pretrain.parallelism.pipeline)"
-
-_RULES: dict[str, list[Schema]] = {
-    "Stage": [
-        _rule(f"{_ONE_BLOCK} == 1", f"a stage has exactly one typed block of {', '.join(KINDS)}"),
-        _rule(
-            f"!has(self.pretrain) || ({_WORLD}) % {_REPLICA} == 0",
-            "parallelism.tensor x parallelism.pipeline must divide the ranks of the gang, compute.nodes x compute.ranksPerNode",
-        ),
-        _rule(
-            "!has(self.pretrain) || self.pretrain.precision != 'fp8' || self.compute.gpusPerNode > 0",
-            "precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
-        ),
-    ],
-    "Pretrain": [_divides("tensor", "heads"), _divides("tensor", "kvHeads"), _divides("pipeline", "layers")],
-    "ModelSpec": [
-        _rule(
-            "has(self.preset) || (has(self.layers) && has(self.hiddenSize) && has(self.heads) && has(self.kvHeads) && has(self.ffnHiddenSize))",
-            "set a preset, or layers, hiddenSize, heads, kvHeads and ffnHiddenSize",
-        ),
-    ],
-    "Tokenizer": [
-        _rule(
-            "has(self.from) != has(self.import)", "set either from.corpus, to train, or import.uri, to read; not both"
-        ),
-    ],
-    "RunSpec": [
-        _rule(
-            "has(self.storage.uri)",
-            "storage.uri is unset: write s3://bucket/prefix, or a directory that every pod mounts",
-        ),
-        _rule("self.stages.all(s, self.stages.exists_one(t, t.name == s.name))", "stage names must be unique in a run"),
-    ],
-}
-"""CEL rules by the name of the class that they are put on."""
-
-_ROOT_RULES = [
-    _rule(
-        "!self.metadata.name.contains('--')",
-        "metadata.name has two hyphens in a row, which join names; use one of them",
-    ),
-    _rule(
-        f"self.spec.stages.all(s, size(s.name) + size(self.metadata.name) <= {MAX_NAMES})",
-        f"the run's name and a stage's name have more than {MAX_NAMES} characters together, too many for a pod's host name",
-    ),
-]
-
-
 def run_crd() -> Schema:
     """The CustomResourceDefinition of TrainingRun."""
     schema = _object_schema(TrainingRun)
-    schema["x-kubernetes-validations"] = _ROOT_RULES
     version = {
         "name": VERSION,
         "served": True,
@@ -142,11 +76,12 @@ def _crd(kind: str, plural: str, *, scope: str, short: str, version: Schema) -> 
 
 def _object_schema(model: type[TrainingRun] | type[TrainingRuntime]) -> Schema:
     raw = model.model_json_schema(by_alias=True, mode="validation")
-    schema = _structural(raw, raw.get("$defs", {}), name=model.__name__)
+    schema = _structural(raw, raw.get("$defs", {}))
     # The API server owns these three; a schema of ours would only get in its way.
     schema["properties"]["apiVersion"] = {"type": "string"}
     schema["properties"]["kind"] = {"type": "string"}
-    schema["properties"]["metadata"] = {"type": "object"}
+    name = _structural(ObjectMeta.model_json_schema(by_alias=True)["properties"]["name"], {})
+    schema["properties"]["metadata"] = {"type": "object", "properties": {"name": name}}
     schema["required"] = ["spec"]
     if "status" in schema["properties"]:
         schema["properties"]["status"] = _without_defaults(schema["properties"]["status"])
@@ -162,9 +97,9 @@ def _without_defaults(node: Any) -> Any:
     return {k: _without_defaults(v) for k, v in node.items() if k != "default" or (isinstance(v, dict) and "type" in v)}
 
 
-def _structural(node: Schema, defs: Schema, *, name: str = "") -> Schema:
+def _structural(node: Schema, defs: Schema) -> Schema:
     """A JSON schema node as Kubernetes wants it: no references, no unions with null, every list and string bounded."""
-    node, name = _resolve(node, defs, name)
+    node = _resolve(node, defs)
     default = node.get("default")
     out = {k: v for k, v in node.items() if k not in (*_DROPPED, "default", "anyOf", "allOf", "const")}
     if "const" in node:
@@ -186,33 +121,32 @@ def _structural(node: Schema, defs: Schema, *, name: str = "") -> Schema:
         out.setdefault("maxLength", _BOUND)
     if out.get("format") == "date-time":
         out.pop("maxLength", None)
-    if name in _RULES:
-        out["x-kubernetes-validations"] = _RULES[name]
+    if out.get("x-kubernetes-int-or-string"):
+        _bound_quantity(out)
     if default is not None:
         out["default"] = default
     return out
 
 
 def _property(node: Schema, defs: Schema, *, required: bool) -> Schema:
-    """A field's schema. A block that may be left out, and is not nothing then, defaults to ``{}``: the API server fills
-    that from the defaults below it."""
+    """A field's schema. A block that may be left out, and is not nothing then, defaults to the defaults of its fields:
+    spelled out, because a default has to satisfy the block's rules before any other is filled in."""
     out = _structural(node, defs)
     may_be_nothing = any(option.get("type") == "null" for option in node.get("anyOf", []))
     if "properties" in out and not required and not may_be_nothing:
-        out["default"] = {}
+        out["default"] = {k: v["default"] for k, v in out["properties"].items() if "default" in v}
     return out
 
 
-def _resolve(node: Schema, defs: Schema, name: str) -> tuple[Schema, str]:
+def _resolve(node: Schema, defs: Schema) -> Schema:
     """Follow ``$ref`` and ``X | None``; what the referring field says (its description) wins over the class."""
     options = [o for o in node.get("anyOf", []) if o.get("type") != "null"]
     if len(options) == 1:
         node = {**options[0], **{k: v for k, v in node.items() if k != "anyOf"}}
     if "$ref" in node:
-        name = node["$ref"].rpartition("/")[2]
-        merged = {**defs[name], **{k: v for k, v in node.items() if k != "$ref"}}
-        return _resolve(merged, defs, name)
-    return node, name
+        merged = {**defs[node["$ref"].rpartition("/")[2]], **{k: v for k, v in node.items() if k != "$ref"}}
+        return _resolve(merged, defs)
+    return node
 
 
 def _list_kind(items: Schema) -> Schema:
@@ -231,6 +165,15 @@ def _bound_numbers(out: Schema) -> None:
             out[plain], out[exclusive] = out[exclusive], True
     if out.get("type") == "integer":
         out["format"] = "int64"
+
+
+def _bound_quantity(out: Schema) -> None:
+    """Bounds of a number that may have a suffix: ``minimum`` says nothing of text, so they are a CEL rule."""
+    for names, compare, words in ((("minimum", "ge"), ">=", "at least"), (("maximum", "le"), "<=", "at most")):
+        for bound in [out.pop(name) for name in names if name in out]:
+            cel = f"{cel_number('self')} {compare} {bound}.0"
+            rules = out.get("x-kubernetes-validations", [])
+            out["x-kubernetes-validations"] = [*rules, rule(cel, f"must be {words} {bound}")]
 
 
 def render(crd: Schema) -> str:

@@ -1,21 +1,30 @@
-"""Validation errors as an interface: every line names the field, the value and the remedy.
+"""One boundary for bad manifests: whatever a file or an object holds, the answer is a run or a ``ManifestError``.
 
-In: pydantic's ``ValidationError``, or YAML that is not a manifest. Out: ``ManifestError`` with one line a problem.
+Every line of it names the field, the value and the remedy. In: a file, or an object from the API server. Next:
+``plain_yaml`` reads text, the classes of ``run`` check values, ``words`` says what is wrong with one.
 """
 
 import difflib
-from collections.abc import Sequence
+import json
+import math
+import stat
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from headrace_api.base import FieldError
-from headrace_api.run import TrainingRun
+from headrace_api.plain_yaml import MAX_DEPTH, dotted, read_documents, shown
+from headrace_api.run import ObjectMeta, TrainingRun, cluster_errors
+from headrace_api.words import Location, blocks_in, describe, line, unknown
 
-Location = tuple[int | str, ...]
+MAX_BYTES = 1_048_576
+"""The largest file that is read: no object of Kubernetes is larger."""
+
+_MOST_BITS = 128
+"""Of a whole number: beyond any field's bound, and short enough to be printed."""
 
 
 class ManifestError(ValueError):
@@ -30,88 +39,139 @@ class ManifestError(ValueError):
         self.problems = list(problems)
 
 
+class Body(StrEnum):
+    """Where a run is to be carried out. A cluster has no folder that paths could be relative to, and no default storage."""
+
+    LOCAL = "local"
+    CLUSTER = "cluster"
+
+
 def load_run(path: Path) -> TrainingRun:
-    """Read a TrainingRun from a YAML file.
+    """Read the TrainingRun of a YAML file; other objects in it are left alone, and so is a status.
 
     Raises:
         ManifestError: the file is missing, is not YAML, or does not describe a valid run.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ManifestError([f"{path}: no such file; check the path"]) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError([f"{path}: cannot be read as UTF-8 text: {error}"]) from error
+        documents = read_documents(_text(path))
+    except FieldError as error:
+        where = f"{path}: {error.field}" if error.field else str(path)
+        raise ManifestError([f"{where}: {error.value}: {error.remedy}"]) from error
+    run = _only_run(path, documents)
+    return parse_run({k: v for k, v in run.items() if k != "status"})
+
+
+def _text(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        FieldError: it is no ordinary file of bounded size, or not text.
+    """
     try:
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
-    except yaml.YAMLError as error:
-        raise ManifestError([f"{path}: not valid YAML: {error}"]) from error
-    runs = [d for d in documents if isinstance(d, dict) and d.get("kind", "TrainingRun") == "TrainingRun"]
-    if len(runs) != 1:
-        raise ManifestError([f"{path}: holds {len(runs)} TrainingRun objects; it must hold exactly one"])
-    return parse_run(runs[0])
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            what = "a folder" if stat.S_ISDIR(found.st_mode) else "not an ordinary file"
+            raise FieldError("", what, "name a YAML file")
+        if found.st_size > MAX_BYTES:
+            raise FieldError("", f"{found.st_size} bytes", f"a manifest has at most {MAX_BYTES}; name another file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES)
+        return data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise FieldError("", "no such file", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise FieldError("", f"byte {error.start} is not UTF-8", "save the file as UTF-8 text") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, FieldError):
+            raise
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise FieldError("", f"cannot be read: {said}", "check the path and its permissions") from error
 
 
-def parse_run(value: dict[str, Any]) -> TrainingRun:
+def _only_run(path: Path, documents: Sequence[Any]) -> dict[str, Any]:
+    runs = [d for d in documents if isinstance(d, dict) and d.get("kind") == "TrainingRun"]
+    if len(runs) == 1:
+        return runs[0]
+    if len(runs) > 1:
+        raise ManifestError(
+            [f"{path}: {len(runs)} TrainingRun objects: keep one, and move the others to their own files"]
+        )
+    meant = [d for d in documents if not isinstance(d, dict) or _means_a_run(d)]
+    if not meant:
+        kinds = ", ".join(shown(d["kind"]) for d in documents) or "nothing"
+        raise ManifestError([f"{path}: holds {kinds}: add an object with kind: TrainingRun"])
+    if not isinstance(meant[0], dict):
+        raise ManifestError([f"{path}: {shown(meant[0])}: write a block with apiVersion, kind, metadata and spec"])
+    run: dict[str, Any] = meant[0]
+    return run
+
+
+def _means_a_run(document: dict[str, Any]) -> bool:
+    """Whether a document without ``kind: TrainingRun`` should have had it."""
+    kind = document.get("kind")
+    if not isinstance(kind, str):
+        return True
+    near = difflib.get_close_matches(kind.lower(), ["trainingrun", "trainingruntime"], n=1, cutoff=0.75)
+    return near == ["trainingrun"]
+
+
+def parse_run(value: Mapping[str, Any], *, body: Body = Body.LOCAL) -> TrainingRun:
     """Validate a TrainingRun.
+
+    Args:
+        value: the object, as read from YAML or JSON.
+        body: where it is to run; ``CLUSTER`` accepts what the API server accepts, by the definition in ``crd.py``.
 
     Raises:
         ManifestError: with one line for each problem.
     """
+    plain = _normal(dict(value), TrainingRun)
+    problems = _unknown_metadata(plain)
     try:
-        return TrainingRun.model_validate(value)
+        # From JSON, strictly: a date, a number or a boolean is never taken for another. Field names are the manifest's.
+        run = TrainingRun.model_validate_json(json.dumps(plain, default=str), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise ManifestError([describe(e, TrainingRun) for e in error.errors()]) from error
+        raise ManifestError([*(describe(e, TrainingRun) for e in error.errors()), *problems]) from error
+    if problems:
+        raise ManifestError(problems)
+    if body is Body.CLUSTER and (errors := cluster_errors(run)):
+        raise ManifestError([line(e.field, e.value, e.remedy) for e in errors])
+    return run
 
 
-def describe(error: Any, root: type[BaseModel]) -> str:
-    """One line for one of pydantic's error dicts: field, value, remedy."""
-    location: Location = error["loc"]
-    kind, cause = error["type"], error.get("ctx", {}).get("error")
-    if isinstance(cause, FieldError):
-        field = ".".join(p for p in (_dotted(location), cause.field) if p)
-        return f"{field}: {_shown(cause.value)}: {cause.remedy}"
-    if kind == "extra_forbidden":
-        known = _fields_at(root, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known fields are {', '.join(known)}"
-        return f"{_dotted(location)}: unknown field; {hint}"
-    if kind == "missing":
-        return f"{_dotted(location)}: missing; this field is required"
-    message = str(cause) if cause is not None else str(error["msg"])
-    return f"{_dotted(location)}: {_shown(error['input'])}: {message}"
+def _normal(value: Any, model: type[BaseModel] | None, path: Location = ()) -> Any:
+    """A value as the API server takes it: a key without a value is a key left out, and 16.0 is the whole number 16.
+
+    Args:
+        value: a part of the manifest.
+        model: the class of the block, or of the blocks in the list, that it is; unknown fields of one are kept, even
+            empty, so that they are refused.
+        path: where it is.
+
+    Raises:
+        ManifestError: it holds what JSON cannot carry and no field can mean.
+    """
+    if len(path) > MAX_DEPTH:
+        raise ManifestError([f"{dotted(path[:4])}: a block in a block, {MAX_DEPTH} times: is a bracket left open?"])
+    if isinstance(value, list):
+        return [_normal(item, model, (*path, i)) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        inside = blocks_in(model) if model is not None else {}
+        kept = {k: v for k, v in value.items() if v is not None or (model is not None and k not in inside)}
+        return {k: _normal(v, inside.get(k), (*path, k)) for k, v in kept.items()}
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ManifestError([f"{dotted(path)}: {value}: write a finite number"])
+        return int(value) if value.is_integer() and abs(value) < 2**63 else value
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ManifestError([f"{dotted(path)}: a number of {value.bit_length()} bits: write a smaller one"])
+    return value
 
 
-def _shown(value: object) -> str:
-    text = repr(value) if not isinstance(value, dict | list) else type(value).__name__
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _dotted(location: Location) -> str:
-    out = ""
-    for part in location:
-        if isinstance(part, int):
-            out += f"[{part}]"
-        elif part != "[key]":
-            out += f".{part}" if out else part
-    return out
-
-
-def _fields_at(root: type[BaseModel], location: Location) -> list[str]:
-    """The field names, as written in manifests, of the block at ``location``."""
-    model: type[BaseModel] | None = root
-    for part in location:
-        if isinstance(part, int) or model is None:
-            continue
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        model = _model_in(field.annotation) if field is not None else None
-    return [] if model is None else [f.alias or n for n, f in model.model_fields.items()]
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model class inside ``X | None``, ``list[X]`` and their like."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, Annotated, list):
-        return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
-    return None
+def _unknown_metadata(value: Mapping[str, Any]) -> list[str]:
+    """What the API server says of metadata: its class here ignores what it does not read."""
+    metadata = value.get("metadata")
+    if not isinstance(metadata, dict):
+        return []
+    known = [*blocks_in(ObjectMeta), *ObjectMeta.OTHERS]
+    return [unknown(("metadata", name), known) for name in metadata if name not in known]

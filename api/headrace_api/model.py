@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import FieldError, Part, Spec
+from headrace_api.base import FieldError, Part, Spec, api_rules, rule
 
 VOCAB_MULTIPLE = 1024
 """Every layout pads the vocabulary to a multiple of this: 128 for each of up to 8 tensor ranks. One width for all
@@ -24,15 +24,15 @@ def padded_vocab(vocab_size: int) -> int:
 class Architecture(Spec):
     """A decoder of the Llama family: RMSNorm before each block, SwiGLU, rotary positions, grouped-query attention."""
 
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=10_000)
     """layers is the number of transformer blocks."""
-    hidden_size: int = Field(ge=8)
+    hidden_size: int = Field(ge=8, le=2**20)
     """hiddenSize is the width of the residual stream."""
-    heads: int = Field(ge=1)
+    heads: int = Field(ge=1, le=2**16)
     """heads is the number of query heads; it divides hiddenSize."""
-    kv_heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1, le=2**16)
     """kvHeads is the number of key and value heads; it divides heads."""
-    ffn_hidden_size: int = Field(ge=8)
+    ffn_hidden_size: int = Field(ge=8, le=2**22)
     """ffnHiddenSize is the inner width of the SwiGLU feed-forward block."""
     rope_base: float = Field(10_000.0, gt=0)
     """ropeBase is the base of the rotary frequencies."""
@@ -75,20 +75,48 @@ PRESETS: dict[str, Architecture] = {
 """Published shapes of the Llama family (arXiv 2307.09288, 2407.21783) and two that train on a laptop."""
 
 
+_NEEDED = ("layers", "hiddenSize", "heads", "kvHeads", "ffnHiddenSize")
+_COMPLETE = f"(has(self.preset) || ({' && '.join(f'has(self.{name})' for name in _NEEDED)}))"
+
+
+def cel_dimension(name: str, *, model: str) -> str:
+    """A dimension of a ``ModelSpec`` in CEL: the one that is written, or its preset's.
+
+    Args:
+        name: as in manifests.
+        model: the CEL expression of the block.
+    """
+    of_presets = ", ".join(f"'{preset}': {arch.dump()[name]}" for preset, arch in sorted(PRESETS.items()))
+    return f"(has({model}.{name}) ? {model}.{name} : {{{of_presets}}}[{model}.preset])"
+
+
+def _self(name: str) -> str:
+    return cel_dimension(name, model="self")
+
+
 class ModelSpec(Spec):
     """A preset, a preset with some dimensions changed, or every dimension spelled out."""
 
+    model_config = api_rules(
+        rule(_COMPLETE, f"set a preset, or {', '.join(_NEEDED[:-1])} and {_NEEDED[-1]}"),
+        rule(
+            f"!{_COMPLETE} || {_self('hiddenSize')} % (2 * {_self('heads')}) == 0",
+            "hiddenSize must be an even multiple of the number of heads",
+        ),
+        rule(f"!{_COMPLETE} || {_self('heads')} % {_self('kvHeads')} == 0", "kvHeads must divide heads"),
+    )
+
     preset: str | None = Field(None, max_length=40, json_schema_extra={"enum": [*sorted(PRESETS)]})
     """preset names a published shape; the other fields override its dimensions."""
-    layers: int | None = Field(None, ge=1)
+    layers: int | None = Field(None, ge=1, le=10_000)
     """layers is the number of transformer blocks."""
-    hidden_size: int | None = Field(None, ge=8)
+    hidden_size: int | None = Field(None, ge=8, le=2**20)
     """hiddenSize is the width of the residual stream."""
-    heads: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1, le=2**16)
     """heads is the number of query heads; it divides hiddenSize."""
-    kv_heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(None, ge=1, le=2**16)
     """kvHeads is the number of key and value heads; it divides heads."""
-    ffn_hidden_size: int | None = Field(None, ge=8)
+    ffn_hidden_size: int | None = Field(None, ge=8, le=2**22)
     """ffnHiddenSize is the inner width of the SwiGLU feed-forward block."""
     rope_base: float | None = Field(None, gt=0)
     """ropeBase is the base of the rotary frequencies."""
@@ -114,12 +142,11 @@ class ModelSpec(Spec):
     def _check(self) -> Self:
         if self.preset is not None and self.preset not in PRESETS:
             raise FieldError("preset", self.preset, f"choose one of {', '.join(sorted(PRESETS))}")
-        needed = ("layers", "hiddenSize", "heads", "kvHeads", "ffnHiddenSize")
-        missing = [name for name in needed if name not in self.dump()]
+        missing = [name for name in _NEEDED if name not in self.dump()]
         if self.preset is None and missing:
             raise FieldError("preset", None, f"set a preset, or set {', '.join(missing)} too")
         arch = self.architecture
-        if arch.hidden_size % arch.heads or arch.head_dim % 2:
+        if arch.hidden_size % (2 * arch.heads):
             raise FieldError(
                 "heads", arch.heads, f"hiddenSize {arch.hidden_size} must be an even multiple of the number of heads"
             )

@@ -18,7 +18,7 @@ class Parallelism(Spec):
 
     tensor: int = Field(1, ge=1, le=MAX_TENSOR)
     """tensor is the number of ranks that share each matrix; keep it within one node."""
-    pipeline: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1, le=1024)
     """pipeline is the number of stages that the layers are cut into."""
 
 

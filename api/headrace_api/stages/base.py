@@ -5,7 +5,7 @@ Each neighbour file ``<kind>.py`` holds one kind's fields, defaults and checks; 
 
 from collections.abc import Collection
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from headrace_api.base import Name, Part, Spec
 
@@ -66,10 +66,23 @@ class StageConfig(Spec):
         block = getattr(self, "from_", None)
         return block.by_slot() if isinstance(block, Inputs) else {}
 
+    @classmethod
+    def slots(cls) -> dict[str, tuple[ArtifactKind, bool]]:
+        """Slot -> the kind of artifact that it takes, and whether the whole ``from`` may be left out."""
+        field = cls.model_fields.get("from_")
+        if field is None:
+            return {}
+        block = next(a for a in (field.annotation, *get_args(field.annotation)) if _is_inputs(a))
+        return {slot: (kind, not field.is_required()) for slot, kind in block.ACCEPTS.items()}
+
     def accepts(self) -> dict[str, ArtifactKind]:
         """Slot -> the kind of artifact that it takes."""
         block = getattr(self, "from_", None)
         return dict(block.ACCEPTS) if isinstance(block, Inputs) else {}
+
+
+def _is_inputs(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Inputs)
 
 
 StageName = Name

@@ -4,11 +4,11 @@ Read: language identification, the quality rules of Gopher (arXiv 2112.11446, ta
 """
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from headrace_api.base import Spec, Uri
+from headrace_api.base import FieldError, Line, Matches, Spec, StoredUri, api_rules, rule
 from headrace_api.stages.base import ArtifactKind, RunsAs, StageConfig
 
 
@@ -34,11 +34,11 @@ class Dedup(StrEnum):
 class Source(Spec):
     """One place where raw text is."""
 
-    uri: Uri
+    uri: StoredUri
     """uri is a file, a folder or an s3:// prefix; a relative path is relative to the manifest."""
     format: Format = Format.AUTO
     """format is how the files are read; auto goes by their names (.warc, .wet, .jsonl or .json, .parquet, .html, others as text; .gz, .bz2, .xz and .zst are unpacked)."""
-    text_field: str = Field("text", max_length=100)
+    text_field: Line = Field("text", max_length=100)
     """textField is the column or key that holds the text of JSONL and Parquet records."""
 
 
@@ -52,11 +52,16 @@ class QualityRules(StrEnum):
 class Quality(Spec):
     """Rules for prose; a document that breaks one is dropped and counted under that rule's name."""
 
+    model_config = api_rules(
+        rule("self.minWords <= self.maxWords", "minWords must be at most maxWords"),
+        rule("self.minMeanWordLength <= self.maxMeanWordLength", "minMeanWordLength must be at most maxMeanWordLength"),
+    )
+
     rules: QualityRules = QualityRules.GOPHER
     """rules is the family: gopher, with the bounds below, or none to keep every document."""
-    min_words: int = Field(50, ge=0)
+    min_words: int = Field(50, ge=0, le=10**9)
     """minWords is the fewest words of a document that is kept."""
-    max_words: int = Field(100_000, ge=1)
+    max_words: int = Field(100_000, ge=1, le=10**9)
     """maxWords is the most words of a document that is kept."""
     min_mean_word_length: float = Field(3.0, ge=0)
     """minMeanWordLength is the shortest mean length of a word, in characters."""
@@ -70,8 +75,24 @@ class Quality(Spec):
     """maxEllipsisLineRatio is the largest part of lines that end with an ellipsis."""
     min_alphabetic_word_ratio: float = Field(0.8, ge=0, le=1)
     """minAlphabeticWordRatio is the smallest part of words with at least one letter."""
-    min_stop_words: int = Field(2, ge=0)
+    min_stop_words: int = Field(2, ge=0, le=10**9)
     """minStopWords is the fewest stop words (the, be, to, of, and, that, have, with) in an English document."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_words > self.max_words:
+            raise FieldError("minWords", self.min_words, f"must be at most maxWords, {self.max_words}")
+        if self.min_mean_word_length > self.max_mean_word_length:
+            most = self.max_mean_word_length
+            raise FieldError(
+                "minMeanWordLength", self.min_mean_word_length, f"must be at most maxMeanWordLength, {most}"
+            )
+        return self
+
+
+Language = Annotated[
+    str, Matches(r"^[a-z]{2}$", "write a code of two letters of ISO 639-1, as en"), Field(max_length=2)
+]
 
 
 class Corpus(StageConfig):
@@ -83,9 +104,7 @@ class Corpus(StageConfig):
 
     sources: list[Source] = Field(min_length=1, max_length=64)
     """sources are the places where raw text is."""
-    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2}$", max_length=2)]] = Field(
-        default_factory=list, max_length=100
-    )
+    languages: list[Language] = Field(default_factory=list, max_length=100)
     """languages are the ISO 639-1 codes of the languages that are kept; none listed keeps every language."""
     min_language_score: float = Field(0.65, ge=0, le=1)
     """minLanguageScore is the least probability of the identified language."""

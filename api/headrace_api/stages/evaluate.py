@@ -4,11 +4,11 @@ import operator
 import re
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
-from headrace_api.base import Quantity
+from headrace_api.base import MOST, FieldError, Matches, Quantity, rule
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -17,7 +17,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_REQUIREMENT = re.compile(r"^\s*(>=|<=|>|<)\s*([0-9]+(?:\.[0-9]+)?)\s*$")
+_BOUND = Matches(r"^ *(>=|<=|>|<) *[0-9]+(\.[0-9]+)? *$", "write a comparison with a number, as >=3 or <40")
 
 
 class Task(StrEnum):
@@ -28,10 +28,8 @@ class Task(StrEnum):
 
 def meets(requirement: str, value: float) -> bool:
     """Whether ``value`` satisfies a requirement such as ``>=3`` or ``<40``."""
-    match = _REQUIREMENT.match(requirement)
-    if match is None:
-        raise ValueError("write a comparison with a number, as >=3 or <40")
-    return _COMPARE[match.group(1)](value, float(match.group(2)))
+    sign, number = re.findall(r"[<>]=?|[0-9.]+", _BOUND.check(requirement))
+    return _COMPARE[sign](value, float(number))
 
 
 class EvaluateInputs(Inputs):
@@ -50,6 +48,7 @@ class EvaluateInputs(Inputs):
 
 METRICS = ("loss", "perplexity", "bitsPerByte", "unigramPerplexity", "unigramRatio")
 """What the perplexity task measures; ``require`` may bound each."""
+_KNOWN = rule(f"self.all(metric, metric in {list(METRICS)})", f"bound one of {', '.join(METRICS)}")
 
 
 class Evaluate(StageConfig):
@@ -63,18 +62,16 @@ class Evaluate(StageConfig):
     """from names the model and the shards."""
     tasks: list[Task] = Field(default_factory=lambda: [Task.PERPLEXITY], min_length=1, max_length=8)
     """tasks are what is measured."""
-    max_tokens: Quantity = Field(1_000_000, ge=2)
+    max_tokens: Quantity = Field(1_000_000, ge=2, le=MOST)
     """maxTokens bounds the validation tokens that are read."""
-    require: dict[
-        Annotated[str, Field(max_length=64)], Annotated[str, Field(pattern=_REQUIREMENT.pattern, max_length=32)]
-    ] = Field(default_factory=dict)
+    require: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=32), _BOUND]] = Field(
+        default_factory=dict, max_length=16, json_schema_extra={"x-kubernetes-validations": [_KNOWN]}
+    )
     """require maps a metric (loss, perplexity, bitsPerByte, unigramPerplexity, unigramRatio) to a bound, as unigramRatio: ">=3"; the stage fails where one is missed."""
 
-    @field_validator("require")
-    @classmethod
-    def _known(cls, require: dict[str, str]) -> dict[str, str]:
-        for metric, bound in require.items():
-            if metric not in METRICS:
-                raise ValueError(f"{metric!r} is not measured; choose one of {', '.join(METRICS)}")
-            meets(bound, 0.0)
-        return require
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        unknown = next((metric for metric in self.require if metric not in METRICS), None)
+        if unknown is not None:
+            raise FieldError("require", unknown, f"is not measured; bound one of {', '.join(METRICS)}")
+        return self

@@ -1,10 +1,11 @@
 """The export stage: a Megatron checkpoint -> the Hugging Face folder that transformers and vLLM load."""
 
 from enum import StrEnum
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
+from headrace_api.base import Line
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 
@@ -35,5 +36,5 @@ class Export(StageConfig):
     """from names the model."""
     dtype: ExportDtype = ExportDtype.FP32
     """dtype is the number format of the weights."""
-    license: Annotated[str, Field(max_length=64)] = "unknown"
+    license: Line = Field("unknown", max_length=64)
     """license is the SPDX identifier that the model card states."""

@@ -8,8 +8,19 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import Cadence, FieldError, Part, Quantity, Spec
-from headrace_api.model import ModelSpec
+from headrace_api.base import (
+    MOST,
+    Cadence,
+    FieldError,
+    JsonSchema,
+    Part,
+    Quantity,
+    Spec,
+    api_rules,
+    cel_number,
+    rule,
+)
+from headrace_api.model import ModelSpec, cel_dimension
 from headrace_api.parallelism import Parallelism
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
@@ -48,11 +59,18 @@ class PretrainInputs(Inputs):
 class Schedule(Spec):
     """The learning rate over the run."""
 
+    model_config = api_rules(
+        rule(
+            "!has(self.minLearningRate) || self.minLearningRate <= self.learningRate",
+            "minLearningRate must be at most learningRate",
+        )
+    )
+
     learning_rate: float = Field(3e-4, gt=0)
     """learningRate is the peak, reached at the end of the warm-up."""
     min_learning_rate: float | None = Field(None, ge=0)
     """minLearningRate is where the decay ends; a tenth of learningRate if unset."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=10**9)
     """warmup is the number of steps over which the rate rises from 0."""
     decay: Decay = Decay.COSINE
     """decay is the curve from the peak to minLearningRate: cosine, or constant for none."""
@@ -100,14 +118,35 @@ class Checkpointing(Spec):
 class Validation(Spec):
     """How often the loss on held-out text is measured."""
 
-    every: int = Field(100, ge=1)
+    every: int = Field(100, ge=1, le=10**9)
     """every is the number of steps between measurements; the last step is always measured."""
-    samples: int = Field(64, ge=1)
+    samples: int = Field(64, ge=1, le=10**9)
     """samples is the number of sequences that a measurement reads."""
+
+
+def _divides(field: str, dimension: str) -> JsonSchema:
+    return rule(
+        f"{cel_dimension(dimension, model='self.model')} % self.parallelism.{field} == 0",
+        f"parallelism.{field} must divide the model's {dimension}; choose a divisor of it",
+    )
+
+
+_WARMUP_TOKENS = "self.schedule.warmup * self.sequenceLength * self.globalBatchSize"
 
 
 class Pretrain(StageConfig):
     """Train a language model from random weights on token shards."""
+
+    model_config = api_rules(
+        _divides("tensor", "heads"),
+        _divides("tensor", "kvHeads"),
+        _divides("tensor", "ffnHiddenSize"),
+        _divides("pipeline", "layers"),
+        rule(
+            f"{cel_number('self.tokens')} > double({_WARMUP_TOKENS}) + 0.5",
+            "schedule.warmup must be below the number of steps, tokens / (sequenceLength x globalBatchSize)",
+        ),
+    )
 
     KIND = "pretrain"
     GIVES = ArtifactKind.CHECKPOINT
@@ -117,13 +156,13 @@ class Pretrain(StageConfig):
     """from names the token shards."""
     model: ModelSpec
     """model is the architecture."""
-    tokens: Annotated[Quantity, Part.EXTENT] = Field(ge=1)
+    tokens: Annotated[Quantity, Part.EXTENT] = Field(ge=1, le=MOST)
     """tokens is how many tokens the model is trained on; the number of steps is this over the tokens of a global batch, rounded up."""
-    sequence_length: int = Field(2048, ge=8)
+    sequence_length: int = Field(2048, ge=8, le=2**24)
     """sequenceLength is the number of tokens in a sample."""
-    global_batch_size: int = Field(256, ge=1)
+    global_batch_size: int = Field(256, ge=1, le=2**24)
     """globalBatchSize is the number of samples in a step, over all ranks."""
-    micro_batch_size: Annotated[int, Part.EXECUTION] = Field(1, ge=1)
+    micro_batch_size: Annotated[int, Part.EXECUTION] = Field(1, ge=1, le=2**20)
     """microBatchSize is the number of samples in one forward pass of one rank."""
     precision: Precision = Precision.BF16
     """precision is the format of the matrix multiplications; fp8 needs a GPU with Transformer Engine."""

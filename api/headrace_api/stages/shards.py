@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from headrace_api.base import Quantity
+from headrace_api.base import MOST, Quantity
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 
@@ -31,7 +31,7 @@ class Shards(StageConfig):
 
     from_: ShardsInputs = Field(alias="from")
     """from names the corpus and the tokenizer."""
-    shard_bytes: Quantity = Field(2**30, ge=2**16)
+    shard_bytes: Quantity = Field(2**30, ge=2**16, le=MOST)
     """shardBytes is the size at which a new shard is begun."""
     validation_ratio: float = Field(0.02, gt=0, lt=1)
     """validationRatio is the part of the documents, chosen by the hash of their text, that is kept for validation."""

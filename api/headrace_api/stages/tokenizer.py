@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import FieldError, Quantity, Spec, Uri
+from headrace_api.base import MOST, FieldError, Quantity, Spec, StoredUri, api_rules, rule
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 
@@ -27,12 +27,17 @@ class TokenizerInputs(Inputs):
 class TokenizerImport(Spec):
     """An existing tokenizer's files."""
 
-    uri: Uri
+    uri: StoredUri
     """uri is a folder with tokenizer.json, or with GPT-2's merges (vocab.json or encoder.json; merges.txt or vocab.bpe)."""
+
+
+_ONE_ORIGIN = "set either from.corpus, to train, or import.uri, to read; not both"
 
 
 class Tokenizer(StageConfig):
     """Learn a tokenizer from a corpus, or import one."""
+
+    model_config = api_rules(rule("has(self.from) != has(self.__import__)", _ONE_ORIGIN))
 
     KIND = "tokenizer"
     GIVES = ArtifactKind.TOKENIZER
@@ -46,11 +51,11 @@ class Tokenizer(StageConfig):
     """algorithm is how the vocabulary is learned: bpe is byte-level byte-pair encoding, as in GPT-2."""
     vocab_size: Quantity = Field(32_768, ge=300, le=1_000_000)
     """vocabSize is the number of tokens, special tokens and the 256 bytes included."""
-    sample_bytes: Quantity = Field(2**30, ge=1)
+    sample_bytes: Quantity = Field(2**30, ge=1, le=MOST)
     """sampleBytes bounds the text that the tokenizer is trained on."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.from_ is None) == (self.import_ is None):
-            raise FieldError("from", None, "set either from.corpus, to train, or import.uri, to read; not both")
+            raise FieldError("from", None, _ONE_ORIGIN)
         return self

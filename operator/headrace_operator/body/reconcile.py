@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from headrace_api.errors import ManifestError, parse_run
+from headrace_api.errors import Body, ManifestError, parse_run
 from headrace_api.run import Condition, ConditionType, RunStatus, TrainingRun
 from headrace_api.runtime import TrainingRuntime
 from headrace_operator.body.apply import Writer, status_delay
@@ -151,12 +151,8 @@ def _parse(raw: Raw) -> TrainingRun:
     Raises:
         ManifestError: it cannot, though the API server took it.
     """
-    run = parse_run({k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec", "status") if k in raw})
-    if run.spec.storage.uri is None:
-        raise ManifestError(
-            ["spec.storage.uri: missing; a run in a cluster names the place of its artifacts, as s3://bucket/run"]
-        )
-    return run
+    known: Raw = {k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec", "status") if k in raw}
+    return parse_run(known, body=Body.CLUSTER)
 
 
 def is_complete(raw: Raw) -> bool:

@@ -129,7 +129,7 @@ def test_a_store_that_does_not_answer_says_what_to_check(monkeypatch):
 @pytest.mark.parametrize("uri", [None, "gs://bucket/x"])
 def test_addresses_of_no_known_kind(uri):
     with pytest.raises(UserError, match="storage"):
-        open_store(Storage(uri=uri))
+        open_store(Storage.model_construct(uri=uri))
 
 
 # Artifacts

@@ -1,0 +1,169 @@
+"""Files that are no manifest, or a damaged one: one clear line each, never a traceback, and never a wait."""
+
+import os
+import time
+
+import pytest
+import yaml
+
+from builders import manifest
+from headrace_api.errors import MAX_BYTES, ManifestError, load_run
+from headrace_api.plain_yaml import MAX_DEPTH, MAX_NODES, resolve
+
+GOOD = yaml.safe_dump(manifest("corpus"))
+
+
+def _refusal(tmp_path, content: bytes) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError) as refused:
+        load_run(path)
+    (problem,) = refused.value.problems
+    return problem.removeprefix(f"{path}: ")
+
+
+def _with(scalar: str, *, field: str = "seed") -> bytes:
+    return GOOD.replace("spec:\n", f"spec:\n  {field}: {scalar}\n").encode()
+
+
+def _bomb() -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds nothing: add an object with kind: TrainingRun"),
+        (b"---\n---\n# nothing\n", "holds nothing"),
+        (b"kind: Pod", "holds 'Pod': add an object with kind: TrainingRun"),
+        (b"- a\n- b\n", "a list: write a block with apiVersion, kind, metadata and spec"),
+        (b"just text", "'just text': write a block with"),
+        (b"a: [", "line 2, column 1: did not find expected node content: correct the YAML there"),
+        (b"a:\n\tb: 1", "line 2, column 1: a tab: YAML is indented with spaces"),
+        (b"\xff\xfe\x00", "byte 0 is not UTF-8: save the file as UTF-8 text"),
+        (b"a: 1\nb: \x00", "line 2: a control character: YAML is text"),
+        (b"[" * 20_000, f"line 1: more than {MAX_DEPTH} blocks in each other: nest fewer; is a bracket left open?"),
+        (b"- " * 20_000, f"line 1: more than {MAX_DEPTH} blocks in each other"),
+        (_bomb().encode(), f"line 5, a4[7]: more than {MAX_NODES} values: write fewer; aliases count each time"),
+        (b"a: &a [*a]", "line 1, a[0]: *a: no block before this one is marked &a"),
+        (b"a: &a\n  <<: *a", "line 2, a.<<: *a: no block before this one is marked &a"),
+        (b"spec:\n  seed: 1\n  runtime: x\n  seed: 2", "line 4, spec.seed: written twice: it is on line 2 already"),
+        (b"a: 1\n'a': 2", "line 2, a: written twice: it is on line 1 already; remove one of them"),
+        (b"x: !!python/object/apply:os.system [reboot]", "line 1, x: tag:yaml.org,2002:python/object/apply:os.system: a tag"),
+        (b"? [a]\n: b", "line 1: a list: a key is one word; write name: value"),
+        (b'a: "\\ud800"', "line 1, column 7: found invalid Unicode character escape code"),
+        (b"x" * (MAX_BYTES + 1), f"{MAX_BYTES + 1} bytes: a manifest has at most {MAX_BYTES}"),
+        (b"x: " + b"9" * 5000, "line 1, x: a number of 5000 digits: write at most 40"),
+        (f"{GOOD}---\n{GOOD}".encode(), "2 TrainingRun objects: keep one"),
+        (GOOD.replace("TrainingRun", "TrainingRum").encode(), "kind: 'TrainingRum': did you mean TrainingRun?"),
+        (GOOD.replace("kind: TrainingRun", "").encode(), "kind: missing; this field is required"),
+        (GOOD.replace("v1alpha1", "v1").encode(), "apiVersion: 'headrace.dev/v1': did you mean headrace.dev/v1alpha1?"),
+        (_with("2024-13-45"), "spec.seed: '2024-13-45': write a whole number, without quotes"),
+        (_with("2024-01-01"), "spec.seed: '2024-01-01': write a whole number, without quotes"),
+        (_with("12:30"), "spec.seed: '12:30': write a whole number, without quotes"),
+        (_with(".inf"), "spec.seed: inf: write a finite number"),
+        (_with("-.nan"), "spec.seed: '-.nan': write a whole number"),
+        (_with(".nan"), "spec.seed: nan: write a finite number"),
+        (_with("1e400"), "spec.seed: inf: write a finite number"),
+        (_with("yes"), "spec.seed: true: write a whole number, without quotes"),
+        (_with("1.5"), "spec.seed: 1.5: write a whole number"),
+        (_with("-1"), "spec.seed: -1: must be at least 0"),
+        (_with("99999999999999999999"), "spec.seed: 99999999999999999999: must be at most 2147483647"),
+        (_with("on", field="runtime"), "spec.runtime: true: write text, in quotes: YAML reads yes, no, on, off, y and n as true"),
+        (_with("1", field="runtime"), "spec.runtime: 1: write text, in quotes"),
+        (_with("maybe", field="suspend"), "spec.suspend: 'maybe': write true or false, without quotes"),
+    ],
+    ids=lambda v: repr(v)[:40],
+)  # fmt: skip
+def test_a_file_that_is_no_manifest_says_why(tmp_path, content, expected):
+    assert _refusal(tmp_path, content).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: None, lambda p: p.mkdir(), lambda p: os.mkfifo(p)], ids=["none", "folder", "fifo"]
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    path = tmp_path / "run.yaml"
+    make(path)
+    with pytest.raises(ManifestError) as refused:
+        load_run(path)
+    assert str(refused.value).removeprefix(f"{path}: ") in (
+        "no such file: check the path", "a folder: name a YAML file", "not an ordinary file: name a YAML file",
+    )  # fmt: skip
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path):
+    for name in ("a\0b", "x" * 300, "run.yaml/x"):
+        (tmp_path / "run.yaml").write_text(GOOD)
+        with pytest.raises(ManifestError, match="check the path"):
+            load_run(tmp_path / name)
+
+
+def test_other_objects_in_the_file_are_left_alone_and_so_is_a_status(tmp_path):
+    path = tmp_path / "run.yaml"
+    exported = manifest() | {"status": {"summary": "Complete", "ofANewerVersion": 1}}
+    exported["metadata"] |= {"labels": {"team": "a"}, "managedFields": [{}], "uid": "u", "resourceVersion": "7"}
+    path.write_text(yaml.safe_dump_all([{"kind": "Secret"}, exported, None, {"kind": "ConfigMap"}]))
+    run = load_run(path)
+    assert (run.metadata.name, run.status.summary) == ("demo", None)
+
+
+def test_a_block_that_is_written_once_and_used_twice_is_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    shared = "    compute: &small\n      nodes: 1\n      memory: 4Gi\n"
+    text = yaml.safe_dump(manifest("corpus", "tok"), sort_keys=False)
+    text = text.replace("  - name: corpus\n", f"  - name: corpus\n{shared}")
+    path.write_text(
+        text.replace("  - name: tok\n", "  - name: tok\n    compute:\n      <<: *small\n      memory: 1Gi\n")
+    )
+    corpus, tok = load_run(path).spec.stages
+    assert (corpus.compute.memory, tok.compute.memory, tok.compute.nodes) == (4 * 2**30, 2**30, 1)
+
+
+def test_a_number_with_decimals_and_a_suffix_is_exact(tmp_path):
+    path = tmp_path / "run.yaml"
+    for written, tokens in (("2.05M", 2_050_000), ("0.29G", 290_000_000), ("3e6", 3_000_000), ("2_000_000", 2_000_000)):
+        path.write_text(yaml.safe_dump(manifest()).replace("tokens: 1M", f"tokens: {written}"))
+        pretrain = load_run(path).spec.stages[3].pretrain
+        assert pretrain is not None and pretrain.tokens == tokens
+
+
+def test_numbers_that_other_readers_of_yaml_take_for_text_are_numbers(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(manifest()).replace("tokens: 1M", "tokens: 1M\n      schedule: {learningRate: 3e-4}")
+    )
+    pretrain = load_run(path).spec.stages[3].pretrain
+    assert pretrain is not None and pretrain.schedule.learning_rate == 3e-4
+
+
+SCALARS = [
+    ("3e-4", 3e-4), ("3E4", 3e4), ("-.5", -0.5), ("1.", 1.0), ("+12", 12), ("017", 15), ("0o17", 15), ("0x1F", 31), ("0b101", 5),
+    ("-0x10", -16), ("08", 8.0), ("1_000", 1000), ("1__0", 10), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"), ("2024-13-45", "2024-13-45"),
+    ("y", True), ("N", False), ("On", True), ("oFF", "oFF"), ("~", None), ("NULL", None), ("nULL", "nULL"), ("_1", "_1"), ("1_", 1),
+    ("0x", "0x"), ("1e", "1e"), (".", "."), ("1.2.3", "1.2.3"), ("0", 0), ("-0", 0), ("00", 0), ("0777", 511), ("infinity", "infinity"),
+    ("18446744073709551615", 18446744073709551615), ("1e3", 1000.0), ("4M", "4M"), ("TRUE", True), ("tRUE", "tRUE"),
+]  # fmt: skip
+"""What plain scalars mean; tests/operator asks kubectl the same."""
+
+
+@pytest.mark.parametrize(("text", "meant"), SCALARS)
+def test_scalars_mean_what_they_mean_to_kubectl(text, meant):
+    assert resolve(text) == meant and type(resolve(text)) is type(meant)
+
+
+def test_the_largest_file_that_is_read_takes_no_longer_than_its_size(tmp_path):
+    """Twice the file, about twice the time: nothing in the reader is quadratic."""
+
+    def seconds(lines: int) -> float:
+        path = tmp_path / f"{lines}.yaml"
+        path.write_text("kind: Pod\n---\n" + "".join(f"key{i}: {{a: [1, 2]}}\n" for i in range(lines)))
+        started = time.process_time()
+        with pytest.raises(ManifestError):
+            load_run(path)
+        return time.process_time() - started
+
+    seconds(100)
+    assert seconds(16_000) < 8 * seconds(4_000)
