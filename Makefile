@@ -25,7 +25,7 @@ lint: setup ## Style, types, import contracts, generated files
 	$(BIN)/python -m headrace_api.crd --check
 
 test-unit: setup ## Pure functions and tables of cases: seconds
-	$(BIN)/pytest tests/api tests/plan tests/cli tests/repo tests/operator --ignore=tests/operator/test_real_api_server.py
+	$(BIN)/pytest tests/api tests/plan tests/cli tests/repo tests/operator --ignore-glob='tests/operator/test_real_*'
 
 test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3, serving: minutes
 	$(BIN)/pytest tests/trainer
@@ -34,7 +34,7 @@ test-local: setup ## Whole runs with `headrace run`, faults injected: minutes
 	$(BIN)/pytest tests/local
 
 test-cluster: setup cluster-up ## A real cluster: chart, operator, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
-	$(BIN)/pytest tests/charts tests/operator/test_real_api_server.py tests/cluster
+	$(BIN)/pytest tests/charts tests/operator/test_real_*.py tests/cluster
 
 crds: setup ## Generate manifests/crd from the classes
 	$(BIN)/python -m headrace_api.crd

@@ -80,14 +80,15 @@ _COMPLETE = f"(has(self.preset) || ({' && '.join(f'has(self.{name})' for name in
 
 
 def cel_dimension(name: str, *, model: str) -> str:
-    """A dimension of a ``ModelSpec`` in CEL: the one that is written, or its preset's.
+    """A dimension of a ``ModelSpec`` in CEL: the one that is written, or its preset's, or 0.
 
     Args:
         name: as in manifests.
         model: the CEL expression of the block.
     """
     of_presets = ", ".join(f"'{preset}': {arch.dump()[name]}" for preset, arch in sorted(PRESETS.items()))
-    return f"(has({model}.{name}) ? {model}.{name} : {{{of_presets}}}[{model}.preset])"
+    preset = f"has({model}.preset) ? {{{of_presets}}}[{model}.preset] : 0"
+    return f"(has({model}.{name}) ? {model}.{name} : {preset})"
 
 
 def _self(name: str) -> str:

@@ -11,6 +11,8 @@ from headrace_api.base import FieldError, Spec
 from headrace_api.model import VOCAB_MULTIPLE, Architecture
 
 MAX_TENSOR = VOCAB_MULTIPLE // 128
+SPLIT_BY_TENSOR = ("kvHeads", "ffnHiddenSize")
+"""What the tensor axis must divide. It divides the heads then too: they are a multiple of the kvHeads."""
 
 
 class Parallelism(Spec):

@@ -4,6 +4,7 @@ PyYAML only splits the text into events here. Its own constructor calls itself f
 of two equal keys, and follows YAML 1.1, by which ``3e-4`` is text and ``12:30`` is 750; kubectl knows better.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,7 +65,10 @@ def resolve(text: str) -> Any:
     digits = text.replace("_", "") if text[:1] in "+-0123456789" else text
     if _INTEGER.fullmatch(digits):
         return _integer(digits)
-    return float(digits) if _FLOAT.fullmatch(digits) else text
+    if not _FLOAT.fullmatch(digits):
+        return text
+    number = float(digits)
+    return number if math.isfinite(number) else text
 
 
 def _integer(digits: str) -> int:

@@ -36,7 +36,7 @@ from headrace_api.base import (
     rule,
 )
 from headrace_api.model import cel_dimension
-from headrace_api.parallelism import MAX_TENSOR, Parallelism, layout
+from headrace_api.parallelism import MAX_TENSOR, SPLIT_BY_TENSOR, Parallelism, layout
 from headrace_api.stages import (
     KINDS,
     ArtifactKind,
@@ -336,7 +336,7 @@ class RunSpec(Spec):
             f"self.stages.all(s, !has(s.evaluate) || {_WORLD.format('s')} <= {MAX_TENSOR})",
             f"compute.ranksPerNode of an evaluate stage must be at most {MAX_TENSOR}",
         ),
-        *(_evaluate_rule(dimension) for dimension in ("heads", "kvHeads", "ffnHiddenSize")),
+        *(_evaluate_rule(dimension) for dimension in SPLIT_BY_TENSOR),
     )
 
     runtime: Name = "default"

@@ -21,7 +21,7 @@ from headrace_api.base import (
     rule,
 )
 from headrace_api.model import ModelSpec, cel_dimension
-from headrace_api.parallelism import Parallelism
+from headrace_api.parallelism import SPLIT_BY_TENSOR, Parallelism
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 
@@ -138,12 +138,10 @@ class Pretrain(StageConfig):
     """Train a language model from random weights on token shards."""
 
     model_config = api_rules(
-        _divides("tensor", "heads"),
-        _divides("tensor", "kvHeads"),
-        _divides("tensor", "ffnHiddenSize"),
+        *(_divides("tensor", dimension) for dimension in SPLIT_BY_TENSOR),
         _divides("pipeline", "layers"),
         rule(
-            f"{cel_number('self.tokens')} > double({_WARMUP_TOKENS}) + 0.5",
+            f"self.schedule.warmup == 0 || {cel_number('self.tokens')} > double({_WARMUP_TOKENS}) + 0.5",
             "schedule.warmup must be below the number of steps, tokens / (sequenceLength x globalBatchSize)",
         ),
     )

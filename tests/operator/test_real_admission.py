@@ -1,0 +1,234 @@
+"""What the API server refuses, by the generated definitions: each rule alone, and together what the operator refuses.
+
+Objects are created with ``dryRun=All`` and strict field validation, as kubectl does; nothing is stored.
+"""
+
+import copy
+import http.client
+import json
+import random
+import ssl
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from builders import manifest
+from headrace_api import crd
+from headrace_api.errors import Body, ManifestError, parse_run
+from manifests import PLAIN_SCALARS, Manifests, seed_of_this_test
+
+pytestmark = pytest.mark.slow
+
+Json = dict[str, Any]
+
+COUNT = 2_500
+NOTHING: Any = object()
+
+CASES: dict[tuple[str, str], Json] = {
+    ("", "the run's name and a stage's name"): {"metadata.name": "r" * 40, "stages.serve.name": "s" * 9},
+    ("spec", "storage.uri is unset"): {"storage": {}},
+    ("spec", "storage.uri is relative"): {"storage.uri": "runs/one"},
+    ("spec", "corpus.sources.uri is relative"): {"stages.corpus.corpus.sources": [{"uri": "/raw"}, {"uri": "text"}]},
+    ("spec", "tokenizer.import.uri is relative"): {"stages.tok.tokenizer": {"import": {"uri": "gpt2"}}},
+    ("spec", "tokenizer.from.corpus must"): {"stages.tok.tokenizer.from.corpus": "tok"},
+    ("spec", "shards.from.corpus must"): {"stages.tokens.shards.from.corpus": "tok"},
+    ("spec", "shards.from.tokenizer must"): {"stages.tokens.shards.from.tokenizer": "nobody"},
+    ("spec", "pretrain.from.shards must"): {"stages.base.pretrain.from.shards": "corpus"},
+    ("spec", "evaluate.from.model must"): {"stages.eval.evaluate.from.model": "ship"},
+    ("spec", "evaluate.from.shards must"): {"stages.eval.evaluate.from.shards": "base"},
+    ("spec", "export.from.model must"): {"stages.ship.export.from.model": "tokens"},
+    ("spec", "deploy.from.model must"): {"stages.serve.deploy.from.model": "base"},
+    ("spec", "compute.ranksPerNode of an evaluate stage must be at most 8"): {
+        "stages.base.pretrain.model": {"preset": "llama-nano", "hiddenSize": 160, "heads": 16, "kvHeads": 16},
+        "stages.eval.compute": {"ranksPerNode": 16},
+    },
+    ("spec", "compute.ranksPerNode of an evaluate stage must divide its model's kvHeads"): {"stages.eval.compute": {"ranksPerNode": 4}},
+    ("spec", "compute.ranksPerNode of an evaluate stage must divide its model's ffnHiddenSize"): {
+        "stages.base.pretrain.model": {"preset": "llama-nano", "ffnHiddenSize": 383},
+        "stages.base.compute": {},
+        "stages.base.pretrain.parallelism": {},
+        "stages.eval.compute": {"ranksPerNode": 2},
+    },
+    ("spec.storage.uri", "only S3"): {"storage.uri": "gs://bucket/runs"},
+    ("spec.stages[]", "a stage has exactly one typed block"): {"stages.serve.deploy": NOTHING},
+    ("spec.stages[]", "compute.nodes must be 1"): {"stages.tok.compute": {"nodes": 2}},
+    ("spec.stages[]", "compute.ranksPerNode must be 1"): {"stages.ship.compute": {"gpusPerNode": 2}},
+    ("spec.stages[]", "parallelism.tensor x parallelism.pipeline must divide"): {"stages.base.compute": {"ranksPerNode": 3}},
+    ("spec.stages[]", "globalBatchSize must be a multiple"): {"stages.base.pretrain.microBatchSize": 5},
+    ("spec.stages[]", "precision fp8 needs GPUs"): {"stages.base.pretrain.precision": "fp8"},
+    ("spec.stages[].compute", "ranksPerNode must be at most gpusPerNode"): {"stages.base.compute": {"gpusPerNode": 2, "ranksPerNode": 4}},
+    ("spec.stages[].compute.cpu", "write a number of processors"): {"stages.tok.compute": {"cpu": "0.0"}},
+    ("spec.stages[].compute.memory", "must be at least 1"): {"stages.tok.compute": {"memory": "0Gi"}},
+    ("spec.stages[].compute.memory", "must be at most"): {"stages.tok.compute": {"memory": "1001T"}},
+    ("spec.stages[].corpus.sources[].uri", "only S3"): {"stages.corpus.corpus.sources": [{"uri": "https://host/text"}]},
+    ("spec.stages[].corpus.quality", "minWords must be"): {"stages.corpus.corpus.quality": {"minWords": 9, "maxWords": 8}},
+    ("spec.stages[].corpus.quality", "minMeanWordLength must be"): {"stages.corpus.corpus.quality": {"minMeanWordLength": 10.5}},
+    ("spec.stages[].tokenizer", "set either from.corpus"): {"stages.tok.tokenizer.import": {"uri": "/gpt2"}},
+    ("spec.stages[].tokenizer.import.uri", "only S3"): {"stages.tok.tokenizer": {"import": {"uri": "s3://"}}},
+    ("spec.stages[].tokenizer.vocabSize", "must be at least 300"): {"stages.tok.tokenizer.vocabSize": "299"},
+    ("spec.stages[].tokenizer.vocabSize", "must be at most"): {"stages.tok.tokenizer.vocabSize": "1.1M"},
+    ("spec.stages[].tokenizer.sampleBytes", "must be at least 1"): {"stages.tok.tokenizer.sampleBytes": 0},
+    ("spec.stages[].tokenizer.sampleBytes", "must be at most"): {"stages.tok.tokenizer.sampleBytes": 10**15 + 1},
+    ("spec.stages[].shards.shardBytes", "must be at least 65536"): {"stages.tokens.shards.shardBytes": "63Ki"},
+    ("spec.stages[].shards.shardBytes", "must be at most"): {"stages.tokens.shards.shardBytes": "1024Ti"},
+    ("spec.stages[].pretrain", "parallelism.tensor must divide the model's kvHeads"): {
+        "stages.base.pretrain.parallelism.tensor": 4,
+        "stages.base.compute": {"ranksPerNode": 4},
+    },
+    ("spec.stages[].pretrain", "parallelism.tensor must divide the model's ffnHiddenSize"): {
+        "stages.base.pretrain.model": {"preset": "llama-nano", "ffnHiddenSize": 383},
+    },
+    ("spec.stages[].pretrain", "parallelism.pipeline must divide"): {
+        "stages.base.pretrain.parallelism": {"pipeline": 3},
+        "stages.base.compute": {"ranksPerNode": 3},
+    },
+    ("spec.stages[].pretrain", "schedule.warmup must be below"): {"stages.base.pretrain.schedule": {"warmup": 489}},
+    ("spec.stages[].pretrain.model", "set a preset, or layers"): {"stages.base.pretrain.model": {"layers": 4}},
+    ("spec.stages[].pretrain.model", "hiddenSize must be"): {"stages.base.pretrain.model": {"preset": "llama-nano", "hiddenSize": 132}},
+    ("spec.stages[].pretrain.model", "kvHeads must divide heads"): {"stages.base.pretrain.model": {"preset": "llama-nano", "kvHeads": 8}},
+    ("spec.stages[].pretrain.tokens", "must be at least 1"): {"stages.base.pretrain.tokens": "0"},
+    ("spec.stages[].pretrain.tokens", "must be at most"): {"stages.base.pretrain.tokens": "1000.1T"},
+    ("spec.stages[].pretrain.schedule", "minLearningRate must be"): {"stages.base.pretrain.schedule": {"minLearningRate": 1}},
+    ("spec.stages[].pretrain.checkpoint.every", "must be above 0"): {"stages.base.pretrain.checkpoint": {"every": "0.0m"}},
+    ("spec.stages[].evaluate.maxTokens", "must be at least 2"): {"stages.eval.evaluate.maxTokens": "1"},
+    ("spec.stages[].evaluate.maxTokens", "must be at most"): {"stages.eval.evaluate.maxTokens": "9999999T"},
+    ("spec.stages[].evaluate.require", "bound one of"): {"stages.eval.evaluate.require": {"accuracy": ">1"}},
+}  # fmt: skip
+"""Where a rule stands and how its message begins -> what to change in a good manifest, so that this rule alone refuses it."""
+
+
+def rules(schema: Json, path: str = "") -> Iterator[tuple[str, str]]:
+    """Place and message of every CEL rule of a definition."""
+    yield from ((path, rule["message"]) for rule in schema.get("x-kubernetes-validations", []))
+    for name, node in schema.get("properties", {}).items():
+        yield from rules(node, f"{path}.{name}".lstrip("."))
+    for key, suffix in (("items", "[]"), ("additionalProperties", "{}")):
+        if isinstance(schema.get(key), dict):
+            yield from rules(schema[key], path + suffix)
+
+
+def _all_rules() -> list[tuple[str, str]]:
+    definitions = (crd.run_crd(), crd.runtime_crd())
+    schemas = [d["spec"]["versions"][0]["schema"]["openAPIV3Schema"] for d in definitions]
+    return [rule for schema in schemas for rule in rules(schema)]
+
+
+def _case_of(path: str, message: str) -> Json | None:
+    return next(
+        (changes for (where, begins), changes in CASES.items() if where == path and message.startswith(begins)), None
+    )
+
+
+def _changed(changes: Json) -> Json:
+    """A good manifest with some fields changed; stages are named by their names."""
+    value = manifest()
+    for path, new in changes.items():
+        node: Any = value if path.startswith("metadata") else value["spec"]
+        *parents, last = path.split(".")
+        for part in parents:
+            node = next(s for s in node if s["name"] == part) if isinstance(node, list) else node.setdefault(part, {})
+        if new is NOTHING:
+            del node[last]
+        elif isinstance(node, list):
+            i = next(i for i, s in enumerate(node) if s["name"] == last)
+            node[i] = {"name": last, **copy.deepcopy(new)}
+        else:
+            node[last] = copy.deepcopy(new)
+    return value
+
+
+class Admission:
+    """Asks an API server, over one connection, whether it would take an object."""
+
+    def __init__(self, control_plane: Any) -> None:
+        config = json.loads(control_plane.kubeconfig.read_text())
+        cluster = config["clusters"][0]["cluster"]
+        trusting = ssl.create_default_context(cafile=cluster["certificate-authority"])
+        self._connection = http.client.HTTPSConnection("127.0.0.1", control_plane.port, context=trusting)
+        self._headers = {
+            "Authorization": f"Bearer {config['users'][0]['user']['token']}",
+            "Content-Type": "application/json",
+        }
+
+    def refusals(self, value: Json) -> list[str]:
+        """What the server says against a TrainingRun; nothing if it takes it."""
+        answer = self.create(value)
+        if answer.get("kind") != "Status":
+            return []
+        return [c["message"] for c in answer.get("details", {}).get("causes", [])] or [answer["message"]]
+
+    def create(self, value: Json, *, collection: str = "namespaces/default/trainingruns") -> Json:
+        """The server's answer: the object with its defaults, or a Status."""
+        address = f"/apis/headrace.dev/v1alpha1/{collection}?dryRun=All&fieldValidation=Strict"
+        self._connection.request("POST", address, json.dumps(value).encode(), self._headers)
+        answer: Json = json.loads(self._connection.getresponse().read())
+        assert answer.get("code", 0) < 500, answer
+        return answer
+
+
+@pytest.fixture(scope="module")
+def admission(control_plane: Any) -> Admission:
+    return Admission(control_plane)
+
+
+def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
+    found = _all_rules()
+    assert [rule for rule in found if _case_of(*rule) is None] == []
+    used = {id(_case_of(*rule)) for rule in found}
+    assert [key for key, changes in CASES.items() if id(changes) not in used] == []
+    assert len(CASES) == len(found)
+
+
+@pytest.mark.parametrize(("path", "message"), _all_rules(), ids=[f"{p}: {m[:60]}" for p, m in _all_rules()])
+def test_a_rule_refuses_alone_what_it_is_there_to_refuse(admission: Admission, path: str, message: str) -> None:
+    value = _changed(_case_of(path, message) or {})
+    refusals = admission.refusals(value)
+    assert refusals and all(message in refusal for refusal in refusals), refusals
+    with pytest.raises(ManifestError):
+        parse_run(value, body=Body.CLUSTER)
+
+
+def test_a_good_manifest_is_taken_with_the_defaults_of_the_classes(admission: Admission) -> None:
+    value = manifest()
+    assert admission.refusals(value) == []
+    assert parse_run(admission.create(value), body=Body.CLUSTER).spec == parse_run(value).spec
+
+
+def _as_kubectl_sends(value: Any) -> Any:
+    """A value as Go writes it: 16.0 is 16 there. (Sent as 16.0, CEL calls it no integer; stored objects never hold it.)"""
+    if isinstance(value, dict):
+        return {k: _as_kubectl_sends(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_as_kubectl_sends(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e21 else value
+
+
+def test_the_api_server_and_the_operator_refuse_the_same_manifests(admission: Admission) -> None:
+    """In both directions, and what both take they read alike. There is no rule that only one of them knows."""
+    source, verdicts = Manifests(random.Random(seed_of_this_test())), Counter[bool]()
+    for i in range(COUNT):
+        value = _as_kubectl_sends(source.mutated())
+        answer, problems = admission.create(value), []
+        try:
+            run = parse_run(value, body=Body.CLUSTER)
+        except ManifestError as error:
+            problems = error.problems
+        taken = answer.get("kind") == "TrainingRun"
+        assert taken == (not problems), (
+            f"manifest {i}, {source.done}: server: {answer.get('message', 'yes')}; operator: {problems or 'yes'}"
+        )
+        if taken:
+            assert parse_run(answer, body=Body.CLUSTER).spec == run.spec, f"manifest {i}, {source.done}"
+        verdicts[taken] += 1
+    assert min(verdicts[True], verdicts[False]) > COUNT // 10, f"{verdicts}: the generator has lost its bite"
+
+
+def test_kubectl_reads_scalars_as_the_command_line_does(control_plane: Any) -> None:
+    body = "".join(f"  - {text}\n" for text, _ in PLAIN_SCALARS)
+    text = f"apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: x}}\ndata:\n{body}"
+    said = control_plane.kubectl("create", "--dry-run=client", "--validate=false", "-o", "json", "-f", "-", stdin=text)
+    theirs = json.loads(said)["data"]
+    differing = [(t, ours, them) for (t, ours), them in zip(PLAIN_SCALARS, theirs, strict=True) if ours != them]
+    assert differing == []
