@@ -18,6 +18,7 @@ from headrace_api.faults import FaultClass, Outcome
 from headrace_api.model import padded_vocab
 from headrace_api.people import people_bytes, people_count
 from headrace_api.planning import estimate_pretrain
+from headrace_api.planning.fit import vocab_size
 from headrace_api.run import ConditionType, Stage, StageState, StageStatus, TrainingRun
 from headrace_api.stages import RunsAs
 from headrace_cli import records
@@ -129,8 +130,10 @@ def _needs(run: TrainingRun, stage: Stage) -> dict[str, Any]:
     }
     if stage.pretrain is None:
         return needs
-    vocab = _vocab_size(run)
-    estimate = estimate_pretrain(stage.pretrain, num_ranks=compute.world, vocab_size=vocab)
+    vocab = vocab_size(run, stage.pretrain) or _DEFAULT_VOCAB
+    estimate = estimate_pretrain(
+        stage.pretrain, num_ranks=compute.world, vocab_size=vocab, on_gpus=compute.gpus_per_node > 0
+    )
     axes = stage.pretrain.parallelism
     return needs | {
         "layout": f"tensor {axes.tensor} x pipeline {axes.pipeline} x data {estimate.data_ranks}",
@@ -143,15 +146,8 @@ def _needs(run: TrainingRun, stage: Stage) -> dict[str, Any]:
         "tokensPerStep": estimate.tokens_per_step,
         "flops": estimate.flops,
         "stateBytesPerRank": estimate.state_bytes_per_rank,
+        "activationBytesPerRank": estimate.activation_bytes_per_rank,
     }
-
-
-def _vocab_size(run: TrainingRun) -> int:
-    """What the run's tokenizer stage asks for; an imported one is only known once it is read."""
-    trained = [
-        s.tokenizer.vocab_size for s in run.spec.stages if s.tokenizer is not None and s.tokenizer.import_ is None
-    ]
-    return trained[0] if trained else _DEFAULT_VOCAB
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
@@ -173,5 +169,6 @@ def _prose(row: dict[str, Any]) -> str:
         f"{row['layout']}; {people_count(row['parameters'])} parameters, {people_count(row['tokens'])} tokens "
         f"({row['tokensPerParameter']:.1f} a parameter; about 20 is compute-optimal), {row['steps']:,} steps of "
         f"{people_count(row['tokensPerStep'])} tokens, {row['flops']:.2e} FLOPs, "
-        f"{people_bytes(row['stateBytesPerRank'])} of state a rank, activations on top"
+        f"{people_bytes(row['stateBytesPerRank'])} of state and about "
+        f"{people_bytes(row['activationBytesPerRank'])} of activations a rank"
     )

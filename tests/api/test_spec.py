@@ -176,7 +176,7 @@ def test_the_vocabulary_has_one_width_for_every_layout():
 
 
 def test_the_estimate_is_six_operations_a_parameter_and_token():
-    estimate = estimate_pretrain(STEP, num_ranks=2, vocab_size=4096)
+    estimate = estimate_pretrain(STEP, num_ranks=2, vocab_size=4096, on_gpus=False)
     tokens = estimate.steps * estimate.tokens_per_step
     assert estimate.flops == 6 * estimate.parameters * tokens
     assert estimate.steps == -(-1_000_000 // (128 * 16))

@@ -1,5 +1,6 @@
 """What a stage will cost before it starts: parameters, floating-point operations, memory. Pure arithmetic."""
 
 from headrace_api.planning.cost import PretrainEstimate, estimate_pretrain
+from headrace_api.planning.memory import Memory
 
-__all__ = ["PretrainEstimate", "estimate_pretrain"]
+__all__ = ["Memory", "PretrainEstimate", "estimate_pretrain"]

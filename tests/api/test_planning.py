@@ -1,0 +1,89 @@
+"""Memory of a rank against numbers that were worked out by hand. tests/trainer compares it with real tensors."""
+
+import pytest
+
+from headrace_api.model import PRESETS
+from headrace_api.parallelism import Layout
+from headrace_api.planning.memory import Batches, Memory, fullest_rank, num_stage_parameters
+from headrace_api.stages.pretrain import Precision
+
+LLAMA_7B = PRESETS["llama-7b"]
+ONE = Layout(tensor=1, pipeline=1, data=1)
+SHARDED = Layout(tensor=4, pipeline=2, data=8)
+VOCAB = 32_000  # padded to 32,768
+
+# A layer of llama-7b: 4 x 4096^2 = 67,108,864 of attention, 3 x 4096 x 11008 = 135,266,304 of feed-forward, two norms.
+WHOLE = 32 * (67_108_864 + 135_266_304 + 8_192) + 2 * 134_217_728 + 4_096
+# Half of the layers, a quarter of each matrix, a quarter of one table; the last stage has the final norm.
+FIRST_OF_TWO = 16 * (16_777_216 + 33_816_576 + 8_192) + 33_554_432
+LAST_OF_TWO = FIRST_OF_TWO + 4_096
+
+
+def memory(
+    axes: Layout, *, precision: Precision = Precision.BF16, num_micro_batches: int = 1, **kwargs: bool
+) -> Memory:
+    batches = Batches(sequence_length=2048, micro_batch_size=1, num_micro_batches=num_micro_batches)
+    kernels = {"fused": True, "sequence_parallel": True} | kwargs
+    return fullest_rank(LLAMA_7B, axes, vocab_size=VOCAB, precision=precision, batches=batches, **kernels)
+
+
+def test_parameters_of_a_rank() -> None:
+    assert WHOLE == 6_744_707_072
+    assert num_stage_parameters(LLAMA_7B, ONE, stage=0, vocab_size=VOCAB) == WHOLE
+    assert num_stage_parameters(LLAMA_7B, SHARDED, stage=0, vocab_size=VOCAB) == FIRST_OF_TWO == 843_186_176
+    assert num_stage_parameters(LLAMA_7B, SHARDED, stage=1, vocab_size=VOCAB) == LAST_OF_TWO
+
+
+@pytest.mark.parametrize(("tied", "first", "middle", "last"), [(False, 1, 0, 1), (True, 1, 0, 1)])
+def test_stages_between_the_ends_have_no_table(tied: bool, first: int, middle: int, last: int) -> None:
+    arch = LLAMA_7B.model_copy(update={"tie_embeddings": tied})
+    axes = Layout(tensor=1, pipeline=4, data=1)
+    layers = 8 * (67_108_864 + 135_266_304 + 8_192)
+    found = [num_stage_parameters(arch, axes, stage=s, vocab_size=VOCAB) - layers for s in range(4)]
+    assert found == [first * 134_217_728, middle, middle, last * 134_217_728 + 4_096]
+
+
+def test_one_rank_keeps_a_tied_table_once() -> None:
+    tied = LLAMA_7B.model_copy(update={"tie_embeddings": True})
+    assert num_stage_parameters(tied, ONE, stage=0, vocab_size=VOCAB) == WHOLE - 134_217_728
+
+
+@pytest.mark.parametrize(
+    ("axes", "precision", "weights", "gradients", "optimizer"),
+    [
+        (ONE, Precision.FP32, 26_978_828_288, 26_978_828_288, 53_957_656_576),  # 4, 4 and 8 bytes a parameter
+        (ONE, Precision.BF16, 13_489_414_144, 26_978_828_288, 80_936_484_864),  # 2, 4 and 4 + 8
+        (Layout(tensor=1, pipeline=1, data=64), Precision.BF16, 13_489_414_144, 26_978_828_288, 1_264_632_576),
+        (SHARDED, Precision.BF16, 1_686_372_352, 3_372_744_704, 1_264_779_264),  # the first stage: it saves more
+        (SHARDED, Precision.FP8, 1_686_372_352, 3_372_744_704, 1_264_779_264),
+    ],
+)
+def test_state_of_the_fullest_rank(
+    axes: Layout, precision: Precision, weights: int, gradients: int, optimizer: int
+) -> None:
+    found = memory(axes, precision=precision, num_micro_batches=8)
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, optimizer)
+    assert found.state == weights + gradients + optimizer
+
+
+def test_activations_of_one_rank() -> None:
+    # A token in a layer, in bf16: two norms of (x, its norm), q k v as projected, q k with positions, the output, 3 x FFN.
+    layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008)
+    loss = 2 * 2 * 4096 + 4 * 32_768
+    assert memory(ONE).activations == 2048 * (32 * layer + loss)
+
+
+def test_the_first_of_two_stages_holds_two_micro_batches() -> None:
+    layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
+    assert memory(SHARDED, num_micro_batches=8).activations == 2 * 2048 * 16 * layer
+
+
+def test_fp8_keeps_two_more_bytes_a_weight() -> None:
+    extra = memory(ONE, precision=Precision.FP8).activations - memory(ONE).activations
+    assert extra == 2 * WHOLE
+
+
+def test_tensor_ranks_share_norms_only_with_sequence_parallelism() -> None:
+    axes = Layout(tensor=4, pipeline=1, data=1)
+    more = memory(axes, sequence_parallel=False).activations - memory(axes).activations
+    assert more == 2048 * (32 * 2 + 1) * (2 * 2 * 4096 * 3 // 4)
