@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from headrace_api.base import Spec
+from headrace_api.base import MOST, Quantity, Spec
 from headrace_api.run import ObjectMeta
 
 
@@ -20,6 +20,8 @@ class Pool(Spec):
     """imagePullPolicy is the container's imagePullPolicy."""
     python: str = Field("python", max_length=512)
     """python is the interpreter in the image that has headrace installed."""
+    gpu_memory: Quantity | None = Field(None, ge=1, le=MOST)
+    """gpuMemory is the memory of one GPU of the pool, as 80Gi; a stage whose weights, gradients and optimizer cannot fit is refused."""
     pod_template: dict[str, Any] = Field(
         default_factory=dict, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )

@@ -289,15 +289,19 @@ def test_nothing_is_left_of_a_deleted_run(world: World) -> None:
 
 
 def test_a_run_that_the_operator_refuses_says_why(world: World) -> None:
-    """The API server's rules cannot know how many steps there are; the operator does."""
+    """The API server's rules cannot work out how much memory a model needs; the operator does."""
     run = make_run(world.namespace, "corpus", "tok", "tokens", "base")
-    run["spec"]["stages"][3] = {"name": "base", **STAGES["base"]}
-    run["spec"]["stages"][3]["pretrain"] = {**STAGES["base"]["pretrain"], "schedule": {"warmup": 100_000}}
+    pretrain = {**STAGES["base"]["pretrain"], "model": {"preset": "llama-1b"}}
+    run["spec"]["stages"][3] = {"name": "base", "compute": {"ranksPerNode": 2, "memory": "8Gi"}, "pretrain": pretrain}
     world.plane.apply(run)
     status = world.eventually(world.status)
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")
     assert failed["reason"] == "Invalid"
-    assert "schedule.warmup: 100000: must be below the 489 steps" in failed["message"]
+    # 16 layers of 60.8M parameters over 2 tensor ranks, two tables of 4096 x 2048 halved, norms; 4 + 4 + 8 bytes each.
+    assert (
+        "compute.memory: weights, gradients and optimizer take 7.9 GB a rank, and its 2 ranks share 8.6 GB"
+        in failed["message"]
+    )
     assert world.names("jobs") == []
     world.plane.apply(make_run(world.namespace, "corpus"))
     world.eventually(lambda: world.status()["summary"] == "Starting")
@@ -322,6 +326,22 @@ def test_a_run_is_running_once_its_first_pod_has_reported_that_the_ranks_joined(
     token = reports.token(first)
     assert reports.post(token, reports.body(phase="Starting")) == (204, "")
     assert reports.post(token, reports.body(phase="Running")) == (204, "")
+    world.eventually(lambda: world.status()["summary"] == "Running")
+
+
+def test_a_model_that_is_larger_than_the_runtimes_gpus_is_refused_until_they_are_larger(world: World) -> None:
+    runtime = {**RUNTIME, "metadata": {"name": "small"}}
+    runtime["spec"] = {"trainer": {**RUNTIME["spec"]["trainer"], "gpuMemory": "24Gi"}}
+    world.plane.apply(runtime)
+    run = make_run(world.namespace, "corpus", "tok", "tokens", "base", runtime="small")
+    pretrain = {**STAGES["base"]["pretrain"], "model": {"preset": "llama-7b"}, "precision": "bf16"}
+    run["spec"]["stages"][3] = {"name": "base", "compute": {"gpusPerNode": 2}, "pretrain": pretrain}
+    world.plane.apply(run)
+    status = world.eventually(world.status)
+    failed = next(c for c in status["conditions"] if c["type"] == "Failed")
+    assert "take 58.6 GB a rank, and a GPU has 25.8 GB; split the model over more ranks" in failed["message"]
+    runtime["spec"]["trainer"]["gpuMemory"] = "80Gi"
+    world.plane.apply(runtime)
     world.eventually(lambda: world.status()["summary"] == "Running")
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import aiohttp
 
 from headrace_api.errors import Body, ManifestError, parse_run
+from headrace_api.planning.fit import device_errors
 from headrace_api.run import Condition, ConditionType, RunStatus, TrainingRun
 from headrace_api.runtime import TrainingRuntime
+from headrace_api.words import line
 from headrace_operator.body.apply import Writer, status_delay
 from headrace_operator.body.caches import Cluster, RunKey
 from headrace_operator.body.kube import ApiError, Raw
@@ -74,7 +76,7 @@ class Reconciler:
         if raw is None:
             return None
         try:
-            run = _parse(raw)
+            run = _parse(raw, self._runtime(raw))
         except ManifestError as error:
             await self._refuse(key, raw, error)
             return None
@@ -145,14 +147,18 @@ class Reconciler:
             await self.writer.post_event(raw, Event(type="Warning", reason="Invalid", message=str(error)))
 
 
-def _parse(raw: Raw) -> TrainingRun:
-    """A run that can be planned.
+def _parse(raw: Raw, runtime: TrainingRuntime | None) -> TrainingRun:
+    """A run that can be planned, and that fits the GPUs of its runtime where their memory is known.
 
     Raises:
         ManifestError: it cannot, though the API server took it.
     """
     known: Raw = {k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec", "status") if k in raw}
-    return parse_run(known, body=Body.CLUSTER)
+    run = parse_run(known, body=Body.CLUSTER)
+    errors = device_errors(run, gpu_memory=runtime.spec.trainer.gpu_memory if runtime is not None else None)
+    if errors:
+        raise ManifestError([line(e.field, e.value, e.remedy) for e in errors])
+    return run
 
 
 def is_complete(raw: Raw) -> bool:
