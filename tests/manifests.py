@@ -61,6 +61,21 @@ ZOO: list[Any] = [
 ]  # fmt: skip
 
 
+def run_schema() -> Json:
+    """The schema of a TrainingRun's spec."""
+    return _spec_schema(crd.run_crd())
+
+
+def runtime_schema() -> Json:
+    """The schema of a TrainingRuntime's spec."""
+    return _spec_schema(crd.runtime_crd())
+
+
+def _spec_schema(definition: Json) -> Json:
+    schema: Json = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return schema
+
+
 @dataclass
 class Manifests:
     """A source of manifests.
@@ -71,7 +86,7 @@ class Manifests:
 
     rng: random.Random
     done: list[str] = field(default_factory=list)
-    schema: Json = field(default_factory=lambda: _spec_schema())
+    schema: Json = field(default_factory=run_schema)
 
     def mutated(self) -> Json:
         """A valid manifest with up to four changes; about half of them leave it valid."""
@@ -80,6 +95,13 @@ class Manifests:
         for _ in range(self.rng.choice([0, 1, 1, 1, 2, 2, 3, 4])):
             change = self.rng.choice(_CHANGES)
             change(self, value)
+        return value
+
+    def changed(self, value: Json) -> Json:
+        """Any other object, with up to two fields of its spec changed."""
+        value, self.done = copy.deepcopy(value), []
+        for _ in range(self.rng.choice([0, 1, 2])):
+            self.rng.choice([_set_field, _retype, _drop, _misspell])(self, value)
         return value
 
     def valid(self) -> Json:
@@ -140,12 +162,6 @@ class Manifests:
         if schema.get("maxLength") == 40:
             return self.rng.choice(NAMES)
         return self.rng.choice([*TEXTS, *BOUNDS] if "<" in schema.get("pattern", "") else TEXTS)
-
-
-def _spec_schema() -> Json:
-    version = crd.run_crd()["spec"]["versions"][0]
-    schema: Json = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    return schema
 
 
 def _blocks(value: Json, schema: Json, path: str = "spec") -> Iterator[tuple[str, Json, Json]]:

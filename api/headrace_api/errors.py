@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from headrace_api.base import FieldError
 from headrace_api.plain_yaml import MAX_DEPTH, dotted, read_documents, shown
-from headrace_api.run import ObjectMeta, TrainingRun, cluster_errors
+from headrace_api.run import ObjectMeta, RunStatus, TrainingRun, cluster_errors
 from headrace_api.words import Location, blocks_in, describe, line, unknown
 
 MAX_BYTES = 1_048_576
@@ -119,24 +119,26 @@ def parse_run(value: Mapping[str, Any], *, body: Body = Body.LOCAL) -> TrainingR
     """Validate a TrainingRun.
 
     Args:
-        value: the object, as read from YAML or JSON.
+        value: the object, as read from YAML or JSON; its status as any operator may have left it.
         body: where it is to run; ``CLUSTER`` accepts what the API server accepts, by the definition in ``crd.py``.
 
     Raises:
         ManifestError: with one line for each problem.
     """
-    plain = _normal(dict(value), TrainingRun)
+    plain = _normal({k: v for k, v in value.items() if k != "status"}, TrainingRun)
     problems = _unknown_metadata(plain)
     try:
         # From JSON, strictly: a date, a number or a boolean is never taken for another. Field names are the manifest's.
         run = TrainingRun.model_validate_json(json.dumps(plain, default=str), strict=True, by_alias=True, by_name=False)
+        # What an operator wrote is read as far as it can be read.
+        status = RunStatus.model_validate(value.get("status") or {})
     except ValidationError as error:
         raise ManifestError([*(describe(e, TrainingRun) for e in error.errors()), *problems]) from error
     if problems:
         raise ManifestError(problems)
     if body is Body.CLUSTER and (errors := cluster_errors(run)):
         raise ManifestError([line(e.field, e.value, e.remedy) for e in errors])
-    return run
+    return run.model_copy(update={"status": status})
 
 
 def _normal(value: Any, model: type[BaseModel] | None, path: Location = ()) -> Any:

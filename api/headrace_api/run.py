@@ -594,7 +594,7 @@ class TrainingRun(Spec):
         rule(
             f"self.spec.stages.all(s, size(s.name) + size(self.metadata.name) <= {MAX_NAMES})",
             f"the run's name and a stage's name have more than {MAX_NAMES} characters together, too many for a pod's host name",
-        )
+        ),
     )
 
     api_version: Literal["headrace.dev/v1alpha1"]

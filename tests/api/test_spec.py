@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from builders import STAGES, make_run, manifest, succeeded
+from builders import STAGES, make_run, succeeded
 from headrace_api.artifact import Artifact, ArtifactFile, resume_identity, stage_hash
 from headrace_api.base import Cadence, Quantity, parse_duration
 from headrace_api.contract import ResolvedStage

@@ -17,17 +17,28 @@ import pytest
 from builders import manifest
 from headrace_api import crd
 from headrace_api.errors import Body, ManifestError, parse_run
-from manifests import PLAIN_SCALARS, Manifests, seed_of_this_test
+from headrace_api.runtime import TrainingRuntime
+from manifests import PLAIN_SCALARS, Manifests, runtime_schema, seed_of_this_test
 
 pytestmark = pytest.mark.slow
 
 Json = dict[str, Any]
+
+RUNTIME: Json = {
+    "apiVersion": "headrace.dev/v1alpha1",
+    "kind": "TrainingRuntime",
+    "metadata": {"name": "gpus"},
+    "spec": {
+        "trainer": {"image": "trainer:1", "gpuMemory": "80Gi", "podTemplate": {"spec": {"nodeSelector": {"a": "b"}}}}
+    },
+}
 
 COUNT = 2_500
 NOTHING: Any = object()
 
 CASES: dict[tuple[str, str], Json] = {
     ("", "the run's name and a stage's name"): {"metadata.name": "r" * 40, "stages.serve.name": "s" * 9},
+    ("", "metadata.name has two hyphens in a row"): {"metadata.name": "two--hyphens"},
     ("spec", "storage.uri is unset"): {"storage": {}},
     ("spec", "storage.uri is relative"): {"storage.uri": "runs/one"},
     ("spec", "corpus.sources.uri is relative"): {"stages.corpus.corpus.sources": [{"uri": "/raw"}, {"uri": "text"}]},
@@ -95,6 +106,8 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.stages[].evaluate.maxTokens", "must be at least 2"): {"stages.eval.evaluate.maxTokens": "1"},
     ("spec.stages[].evaluate.maxTokens", "must be at most"): {"stages.eval.evaluate.maxTokens": "9999999T"},
     ("spec.stages[].evaluate.require", "bound one of"): {"stages.eval.evaluate.require": {"accuracy": ">1"}},
+    ("spec.trainer.gpuMemory", "must be at least 1"): {"trainer.gpuMemory": "0Gi"},
+    ("spec.trainer.gpuMemory", "must be at most"): {"trainer.gpuMemory": "1001T"},
 }  # fmt: skip
 """Where a rule stands and how its message begins -> what to change in a good manifest, so that this rule alone refuses it."""
 
@@ -121,9 +134,9 @@ def _case_of(path: str, message: str) -> Json | None:
     )
 
 
-def _changed(changes: Json) -> Json:
-    """A good manifest with some fields changed; stages are named by their names."""
-    value = manifest()
+def _changed(changes: Json, *, value: Json) -> Json:
+    """A good object with some fields changed; stages are named by their names."""
+    value = copy.deepcopy(value)
     for path, new in changes.items():
         node: Any = value if path.startswith("metadata") else value["spec"]
         *parents, last = path.split(".")
@@ -153,14 +166,16 @@ class Admission:
         }
 
     def refusals(self, value: Json) -> list[str]:
-        """What the server says against a TrainingRun; nothing if it takes it."""
+        """What the server says against an object; nothing if it takes it."""
         answer = self.create(value)
         if answer.get("kind") != "Status":
             return []
         return [c["message"] for c in answer.get("details", {}).get("causes", [])] or [answer["message"]]
 
-    def create(self, value: Json, *, collection: str = "namespaces/default/trainingruns") -> Json:
+    def create(self, value: Json) -> Json:
         """The server's answer: the object with its defaults, or a Status."""
+        of_runtimes = value.get("kind") == "TrainingRuntime"
+        collection = "trainingruntimes" if of_runtimes else "namespaces/default/trainingruns"
         address = f"/apis/headrace.dev/v1alpha1/{collection}?dryRun=All&fieldValidation=Strict"
         self._connection.request("POST", address, json.dumps(value).encode(), self._headers)
         answer: Json = json.loads(self._connection.getresponse().read())
@@ -183,11 +198,12 @@ def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
 
 @pytest.mark.parametrize(("path", "message"), _all_rules(), ids=[f"{p}: {m[:60]}" for p, m in _all_rules()])
 def test_a_rule_refuses_alone_what_it_is_there_to_refuse(admission: Admission, path: str, message: str) -> None:
-    value = _changed(_case_of(path, message) or {})
+    of_runtimes = path.startswith("spec.trainer")
+    value = _changed(_case_of(path, message) or {}, value=RUNTIME if of_runtimes else manifest())
     refusals = admission.refusals(value)
     assert refusals and all(message in refusal for refusal in refusals), refusals
-    with pytest.raises(ManifestError):
-        parse_run(value, body=Body.CLUSTER)
+    with pytest.raises(ValueError):  # pydantic's errors and ours are both
+        TrainingRuntime.model_validate(value) if of_runtimes else parse_run(value, body=Body.CLUSTER)
 
 
 def test_a_good_manifest_is_taken_with_the_defaults_of_the_classes(admission: Admission) -> None:
@@ -223,6 +239,18 @@ def test_the_api_server_and_the_operator_refuse_the_same_manifests(admission: Ad
             assert parse_run(answer, body=Body.CLUSTER).spec == run.spec, f"manifest {i}, {source.done}"
         verdicts[taken] += 1
     assert min(verdicts[True], verdicts[False]) > COUNT // 10, f"{verdicts}: the generator has lost its bite"
+
+
+def test_a_runtime_that_the_api_server_takes_is_one_that_the_operator_reads(admission: Admission) -> None:
+    """Whatever else an admin writes: a runtime that cannot be read would stop every run that names it."""
+    source, taken = Manifests(random.Random(seed_of_this_test()), schema=runtime_schema()), 0
+    for i in range(COUNT // 5):
+        answer = admission.create(source.changed(RUNTIME))
+        if answer["kind"] == "TrainingRuntime":
+            taken += 1
+            read = TrainingRuntime.model_validate(answer)
+            assert read.spec.trainer.image == answer["spec"]["trainer"]["image"], f"runtime {i}, {source.done}"
+    assert taken > COUNT // 50
 
 
 def test_kubectl_reads_scalars_as_the_command_line_does(control_plane: Any) -> None:
