@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from pydantic import Field
 
-from headrace_api.artifact import ArtifactRef
+from headrace_api.artifact import ArtifactRef, canonical_digest
 from headrace_api.base import Figure, Spec, Uri
 from headrace_api.run import Stage, Storage
 
@@ -30,6 +30,8 @@ class ResolvedStage(Spec):
     """namespace is where the run lives."""
     run_uid: str = ""
     """runUid tells this run from an earlier one of the same name."""
+    runtime: str = "default"
+    """runtime is the name of the TrainingRuntime."""
     stage: Stage
     """stage is the stage as written, with every default filled in."""
     attempt: int = Field(ge=1)
@@ -46,6 +48,17 @@ class ResolvedStage(Spec):
     """outputUri is the stage's folder in storage."""
     progress_url: str | None = None
     """progressUrl is where Progress is reported: http(s), or a file."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that was resolved but the attempt's number: where it differs, another attempt is wanted.
+
+        Defaults are left out, so that a version with more fields finds the same digest for the same manifest.
+        """
+        named = {"attempt", "progress_url"}
+        return canonical_digest(
+            self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude=named)
+        )
 
 
 class SavedCheckpoint(Spec):

@@ -449,6 +449,10 @@ class StageStatus(StatusPart):
     """attempt is the number of the newest attempt."""
     settled: int = 0
     """settled is the number of the newest attempt that is dealt with, charged or stopped on request: its end costs nothing more."""
+    generation: int | None = None
+    """generation is that of the spec that the newest attempt was made from."""
+    digest: str | None = None
+    """digest is of everything that the newest attempt was resolved to; an edit that changes it takes another attempt."""
     workload: str | None = None
     """workload is the uid of the newest attempt's Job or Deployment, once it was seen; another of the same name is not its."""
     infra_restarts: int = 0
@@ -529,7 +533,7 @@ class RunStatus(StatusPart):
     conditions: list[Condition] = []
     """conditions are Complete, Failed and Suspended."""
     observed_generation: int | None = None
-    """observedGeneration is the generation of the spec that this status is about."""
+    """observedGeneration is the generation of the spec that the conditions are about, as kubectl wait reads it; stages say which one their newest attempt was made from."""
     summary: str | None = None
     """summary is the STATUS column: Pending, Waiting, Starting, Running, Restarting, Stopping, Suspended, Complete or Failed."""
     stage: str | None = None

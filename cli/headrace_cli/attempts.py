@@ -169,6 +169,7 @@ class LocalAttempts:
             stage=name["stage"],
             number=int(name["number"]),
             hash=resolved.hash if resolved is not None else "",
+            digest=resolved.digest if resolved is not None else "",
             state=state,
             outcome=None if live else failed or outcomes[0],
             progress=records.read_if_whole(folder / "progress.json", Progress),

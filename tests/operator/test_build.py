@@ -79,6 +79,56 @@ def test_the_config_map_holds_the_stage_as_the_trainer_parses_it() -> None:
     assert ResolvedStage.model_validate(json.loads(config["data"]["stage.json"])) == resolved
 
 
+def test_each_attempt_has_a_config_map_of_its_own_that_nobody_can_change() -> None:
+    for stage in ("base", "serve"):
+        first, second = (build(resolve(stage, attempt=n), runtime()) for n in (1, 2))
+        configs = [next(o for o in objects.dependents if o["kind"] == "ConfigMap") for objects in (first, second)]
+        assert [c["immutable"] for c in configs] == [True, True]
+        names = [c["metadata"]["name"] for c in configs]
+        assert names[0] != names[1]
+        mounted = [
+            v["configMap"]["name"]
+            for objects in (first, second)
+            for v in pod_of(objects.workload)["volumes"]
+            if v["name"] == "headrace-stage"
+        ]
+        assert mounted == names
+
+
+def test_every_object_says_what_its_attempt_was_resolved_to() -> None:
+    resolved = resolve()
+    objects = build(resolved, runtime())
+    template = objects.workload["spec"]["template"]
+    for made in (objects.workload, template, *objects.dependents):
+        assert made["metadata"]["annotations"]["headrace.dev/resolved"] == resolved.digest
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"attempt": 4}, True),
+        ({"progressUrl": "http://elsewhere"}, True),
+        ({"compute": {"nodes": 2, "ranksPerNode": 2}}, False),
+        ({"compute": {"ranksPerNode": 2, "memory": "1Gi"}}, False),
+        ({"runtime": "h200"}, False),
+        ({"seed": 2}, False),
+        ({"storage": {"endpoint": "https://other"}}, False),
+    ],
+)
+def test_what_takes_another_attempt(fields: Json, same: bool) -> None:
+    assert (resolve().digest == resolve(**fields).digest) is same
+
+
+def test_a_version_with_more_fields_resolves_the_same_manifest_to_the_same_digest() -> None:
+    class Newer(ResolvedStage):
+        spares: int = 0
+        """spares is a field of the next version."""
+
+    value = resolve().dump()
+    assert Newer.model_validate(value).digest == resolve().digest
+    assert Newer.model_validate({**value, "spares": 1}).digest != resolve().digest
+
+
 def test_pods_meet_the_restricted_level() -> None:
     job = build(resolve(), runtime()).workload
     security = pod_of(job)["securityContext"]

@@ -236,7 +236,7 @@ def test_a_job_that_somebody_makes_again_is_not_the_attempts(world: World) -> No
 
 def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, operator: Any) -> None:
     world.start_gang()
-    world.eventually(lambda: world.status().get("stage") == "base")
+    world.eventually(lambda: world.status().get("phaseMessage") == "Starting: 0 of 2 pods run")
 
     def versions() -> dict[str, str]:
         found = [*world.objects("jobs,services,configmaps,serviceaccounts"), world.run()]
@@ -249,6 +249,52 @@ def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, op
     seen = 'headrace_operator_watch_events_total{kind="TrainingRun"}'
     world.eventually(lambda: seen in second.metrics() and "reconcile_duration_seconds_count 0" not in second.metrics())
     assert versions() == before
+
+
+def test_a_new_leader_that_would_build_it_otherwise_leaves_a_running_attempt_as_it_is(
+    world: World, operators: Any, operator: Any
+) -> None:
+    world.start_gang()
+    world.eventually(lambda: "demo--base--1" in world.names("configmaps,services"))
+
+    def versions() -> dict[str, str]:
+        found = world.objects("jobs,services,configmaps")
+        return {f"{o['kind']}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for o in found}
+
+    before = versions()
+    assert operator.stop() == 0
+    second = operators("second")  # at another address, which is in every stage.json that it writes
+    world.eventually(second.leads)
+    for budget in (20, 30):  # that the second edit was planned says that the first was carried out
+        edit = json.dumps({"spec": {"restartPolicy": {"maxInfraRestarts": budget}}})
+        world.plane.kubectl("-n", world.namespace, "patch", "trainingrun", "demo", "--type=merge", "-p", edit)
+        generation = world.run()["metadata"]["generation"]
+        world.eventually(lambda g=generation: world.status()["observedGeneration"] == g)
+    assert versions() == before
+
+
+def test_an_edit_of_compute_stops_the_gang_and_the_next_attempt_has_it(world: World) -> None:
+    world.start_gang()
+    config = [
+        "-n",
+        world.namespace,
+        "patch",
+        "configmap",
+        "demo--base--1",
+        "--type=merge",
+        "-p",
+        '{"data": {"a": "b"}}',
+    ]
+    with pytest.raises(AssertionError, match="immutable"):
+        world.plane.kubectl(*config)
+    edit = json.dumps([{"op": "replace", "path": "/spec/stages/3/compute/nodes", "value": 1}])
+    world.plane.kubectl("-n", world.namespace, "patch", "trainingrun", "demo", "--type=json", "-p", edit)
+    world.pods_of(2, count=1, stage="base")
+    world.eventually(lambda: "demo--base--1" not in world.names("jobs"))
+    status = world.eventually(lambda: (s := world.status())["stages"][3]["attempt"] == 2 and s)
+    generation = world.run()["metadata"]["generation"]
+    assert (status["restarts"], status["observedGeneration"]) == (0, generation)
+    assert status["stages"][3]["generation"] == generation
 
 
 def test_when_the_leader_dies_another_takes_over_and_only_then(world: World, operators: Any, operator: Any) -> None:

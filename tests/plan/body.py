@@ -43,7 +43,12 @@ class Body:
             if key not in refused and key not in self.attempts:
                 self.made += 1
                 self.attempts[key] = Attempt(
-                    stage=key[0], number=key[1], uid=f"uid-{self.made}", hash=r.hash, state=AttemptState.RUNNING
+                    stage=key[0],
+                    number=key[1],
+                    uid=f"uid-{self.made}",
+                    hash=r.hash,
+                    digest=r.digest,
+                    state=AttemptState.RUNNING,
                 )
         self.last = decided
         return decided
@@ -83,6 +88,11 @@ class Body:
         """The user edits the spec."""
         value = self.run.spec.dump() | spec
         self.run = self.run.model_copy(update={"spec": type(self.run.spec).model_validate(value)})
+
+    def generation(self, number: int) -> None:
+        """The API server counts an edit."""
+        metadata = self.run.metadata.model_copy(update={"generation": number})
+        self.run = self.run.model_copy(update={"metadata": metadata})
 
     def started(self) -> list[tuple[str, int]]:
         """What the last plan would have exist."""

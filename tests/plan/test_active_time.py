@@ -74,7 +74,7 @@ def test_the_wait_for_a_retry_does_not_count():
     assert story.active == 30
     story.at(40)
     story.at(50)
-    assert (story.stage.state, story.active) == (StageState.RUNNING, 40)
+    assert (story.stage.state, story.active) == (StageState.STARTING, 40)
 
 
 @pytest.mark.parametrize("outcome", [succeeded(), failed(FaultClass.POD)])

@@ -86,11 +86,11 @@ class Writer:
         await self._complete(resolved, objects, applied)
 
     async def _complete(self, resolved: ResolvedStage, objects: Objects, workload: Raw) -> None:
+        """Make what belongs to a workload exist. What exists is of the attempt as it was started, and is left alone."""
         uid = workload["metadata"]["uid"]
         for dependent in objects.dependents:
             wanted = owned(dependent, by={**workload, "apiVersion": objects.workload["apiVersion"]})
-            await self._check_owner(wanted, owner=uid)
-            await self._apply(wanted)
+            await self._ensure(wanted, owner=uid)
         self._whole[_key(resolved)].add(uid)
 
     async def _ensure(self, obj: Raw, *, owner: str) -> Raw:

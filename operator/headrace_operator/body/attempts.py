@@ -97,12 +97,13 @@ def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt
         return None
     else:
         state, outcome = job_state(job, pods, live)
-    hashes = [record.hash for record in (job, deployment, *pods) if record is not None]
+    made_for = next(record for record in (job, deployment, *pods) if record is not None)
     return Attempt(
         stage=parts.stage,
         number=parts.number,
         uid=parts.uid,
-        hash=hashes[0],
+        hash=made_for.hash,
+        digest=made_for.resolved,
         state=state,
         outcome=outcome,
         progress=report,

@@ -13,6 +13,7 @@ from headrace_operator.body.build.names import (
     DIGEST_ANNOTATION,
     HASH_ANNOTATION,
     INDEX_LABEL,
+    RESOLVED_ANNOTATION,
     RUN_LABEL,
     RUN_UID_LABEL,
     STAGE_LABEL,
@@ -39,6 +40,8 @@ class Record:
     stage: str
     attempt: int
     hash: str
+    resolved: str
+    """ResolvedStage.digest of what it was made for; empty if another version made it."""
     owner: str
     """uid of its controller; empty if it has none, and for a pod that neither a Job nor a Deployment made."""
     deleted_at: datetime | None
@@ -163,6 +166,7 @@ def _common(raw: Raw) -> dict[str, Any]:
         "stage": labels[STAGE_LABEL],
         "attempt": int(labels[ATTEMPT_LABEL]),
         "hash": meta.get("annotations", {}).get(HASH_ANNOTATION, ""),
+        "resolved": meta.get("annotations", {}).get(RESOLVED_ANNOTATION, ""),
         "owner": _controller(meta).get("uid", ""),
         "deleted_at": _time(meta.get("deletionTimestamp")),
     }

@@ -8,7 +8,8 @@ from datetime import datetime
 from headrace_api.run import StageState, StageStatus
 from headrace_operator.brain.observed import Observed
 
-_ACTIVE = frozenset({StageState.RUNNING, StageState.STOPPING})
+_ACTIVE = frozenset({StageState.STARTING, StageState.RUNNING, StageState.STOPPING})
+"""Not while it waits for a node or a quota."""
 
 
 def account(before: StageStatus, after: StageStatus, observed: Observed) -> StageStatus:

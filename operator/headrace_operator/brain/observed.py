@@ -58,6 +58,8 @@ class Attempt:
     """Counts from 1."""
     hash: str
     """The stage_hash that it was started for."""
+    digest: str = ""
+    """ResolvedStage.digest of what it was started with; empty if unknown."""
     state: AttemptState
     uid: str = ""
     """Of its Job or Deployment: an attempt with another one is another, whatever its number. Empty if unknown."""

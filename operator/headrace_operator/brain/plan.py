@@ -74,7 +74,7 @@ def plan(run: TrainingRun, observed: Observed) -> Plan:
         start=tuple(s.start for s in stages if s.start is not None),
         stop=strangers + _keys(a for s in stages for a in s.stop) + _old(observed),
         status=report(run, observed, statuses, notes={s.status.name: s.note for s in stages}),
-        events=tuple(e for before, after in zip(_prior(run), statuses, strict=True) for e in _events(before, after)),
+        events=tuple(e for before, after in zip(_prior(run), stages, strict=True) for e in _events(before, after)),
         requeue_after_seconds=_first(s.requeue_after_seconds for s in stages),
     )
 
@@ -111,8 +111,9 @@ def _old(observed: Observed) -> tuple[AttemptKey, ...]:
     return _keys(a for a in observed.attempts if a not in kept[a.stage] and a.state not in LIVE)
 
 
-def _events(before: StageStatus, after: StageStatus) -> list[Event]:
+def _events(before: StageStatus, plan: StagePlan) -> list[Event]:
     """What changed that people would want to know."""
+    after = plan.status
     name, events = after.name, []
     if after.infra_restarts + after.user_restarts > before.infra_restarts + before.user_restarts:
         events.append(
@@ -126,6 +127,8 @@ def _events(before: StageStatus, after: StageStatus) -> list[Event]:
         events.append(Event(type="Normal", reason="StageSucceeded", message=f"{name}: {_figures(after)}"))
     elif after.state is StageState.FAILED:
         events.append(Event(type="Warning", reason="StageFailed", message=f"{name}: {after.reason}: {after.message}"))
+    elif after.state is StageState.STOPPING and plan.note:
+        events.append(Event(type="Normal", reason="AttemptStopping", message=f"{name}: {plan.note}"))
     elif after.state is StageState.SUSPENDED:
         events.append(Event(type="Normal", reason="StageSuspended", message=f"{name}: after attempt {after.attempt}"))
     return events

@@ -8,7 +8,7 @@ seen of a settled attempt later, a replay or a ghost, costs nothing more.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from headrace_api.artifact import ArtifactRef, stage_hash
@@ -85,6 +85,8 @@ def plan_stage(
         return StagePlan(status=status, done=True, stop=decide.live())
     if run.spec.suspend:
         return decide.suspend(status)
+    if status.state is StageState.FAILED and decide.edited(status, digest=status.digest):
+        status = _with_fresh_budgets(_with(status, state=StageState.PENDING))
     if status.state is StageState.FAILED:
         # A server that failed may still be started again and again by its Deployment.
         return StagePlan(status=status, stop=decide.live(failed=decide.serves))
@@ -106,6 +108,7 @@ def _begin_again(before: StageStatus, digest: str) -> StageStatus:
         attempt=before.attempt,
         settled=before.attempt,
         hash=digest,
+        generation=before.generation,
         infra_restarts=before.infra_restarts,
         user_restarts=before.user_restarts,
     )
@@ -132,6 +135,16 @@ class _Stage:
         states = LIVE | {AttemptState.FAILED} if failed else LIVE
         return tuple(a for a in self.attempts if a.state in states and a != besides)
 
+    def edited(self, status: StageStatus, *, digest: str | None) -> bool:
+        """Whether the user wants another attempt than one that was resolved to ``digest``.
+
+        The spec's generation decides that there was an edit at all: another version of the planner may resolve the same
+        spec to another digest, and leaves what runs alone.
+        """
+        generation = self.run.metadata.generation
+        same = generation is not None and status.generation == generation
+        return not same and bool(digest) and digest != self._resolved(max(1, status.attempt)).digest
+
     def suspend(self, status: StageStatus) -> StagePlan:
         """Stop after a checkpoint; a failed stage gets its budgets back, so that resuming tries again."""
         done = self._succeeded(status)
@@ -139,7 +152,7 @@ class _Stage:
             return done
         live = self.live()
         if live:
-            return self._stop(_settled(status), live)
+            return self._stop(_settled(status), live, then=", as suspend asks")
         fresh = _settled(status, state=StageState.SUSPENDED, finished_at=None, retry_at=None, endpoint=None)
         return StagePlan(status=_with_fresh_budgets(fresh))
 
@@ -155,7 +168,7 @@ class _Stage:
             return self._charge(status, _VANISHED)
         strays = self.live(besides=current)
         if strays:
-            return self._stop(status, strays)
+            return self._make_way(status, strays)
         refusal = self.observed.refusal(self.stage.name, status.attempt) if _follows(status) else None
         if refusal is not None and refusal.fault is not FaultClass.CAPACITY:
             return self._charge(status, refusal)
@@ -164,7 +177,9 @@ class _Stage:
         if current.state is AttemptState.STOPPING:
             return self._stop(status, ())
         if current.state in LIVE:
-            return self._keep(status, current, refusal)
+            if self.edited(status, digest=current.digest):
+                return self._make_way(_settled(status), (current,))
+            return self._keep(_with(status, generation=self.run.metadata.generation), current, refusal)
         if current.state is AttemptState.SUCCEEDED:
             return self._charge(status, _ENDED_BY_ITSELF) if self.serves else self._await_outcome(status)
         return self._charge(status, current.outcome or _VANISHED)
@@ -174,10 +189,20 @@ class _Stage:
         same = (a for a in self.attempts if a.number == status.attempt and a.hash == self.hash)
         return next((a for a in same if status.workload in (None, a.uid) or not a.uid), None)
 
-    def _stop(self, status: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
+    def _stop(self, status: StageStatus, attempts: tuple[Attempt, ...], *, then: str = "") -> StagePlan:
         """Wait for attempts to end, having asked them to if that has not happened by itself."""
-        status = _with(status, state=StageState.STOPPING)
-        return StagePlan(status=status, stop=attempts, requeue_after_seconds=_POLL_SECONDS)
+        numbers = " and ".join(str(n) for n in sorted({a.number for a in attempts}))
+        return StagePlan(
+            status=_with(status, state=StageState.STOPPING),
+            stop=attempts,
+            requeue_after_seconds=_POLL_SECONDS,
+            note=f"Stopping: attempt {numbers} saves and ends{then}" if attempts else "",
+        )
+
+    def _make_way(self, status: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
+        """End attempts that are not wanted any more, at no cost. A running attempt is never changed: the next one is."""
+        edited = status.generation != self.run.metadata.generation
+        return self._stop(status, attempts, then="; the next one applies the edited spec" if edited else "")
 
     def _without_attempt(self, status: StageStatus, refusal: Outcome | None) -> StagePlan:
         now = self.observed.now
@@ -192,11 +217,13 @@ class _Stage:
         return self._start(status, number=newest + 1)
 
     def _start(self, status: StageStatus, *, number: int, refusal: Outcome | None = None) -> StagePlan:
-        started = status.started_at or self.observed.now
+        started, resolved = status.started_at or self.observed.now, self._resolved(number)
         status = _with(
             status,
             state=StageState.STARTING,
             attempt=number,
+            generation=self.run.metadata.generation,
+            digest=resolved.digest,
             workload=None,
             started_at=started,
             finished_at=None,
@@ -204,16 +231,16 @@ class _Stage:
             outcome_due_at=None,
             endpoint=None,
         )
-        return self._with_refusal(StagePlan(status=status, start=self._resolved(number)), refusal)
+        return self._with_refusal(StagePlan(status=status, start=resolved), refusal)
 
     def _with_refusal(self, plan: StagePlan, refusal: Outcome | None) -> StagePlan:
         if refusal is None:
             return plan
         started, (shortest, longest) = plan.status.started_at or self.observed.now, _CAPACITY_SECONDS
         again = min(max((self.observed.now - started).total_seconds() / 10, shortest), longest)
-        return StagePlan(
+        return replace(
+            plan,
             status=_with(plan.status, state=StageState.WAITING),
-            start=plan.start,
             requeue_after_seconds=again,
             note=f"Waiting: {refusal.reason}: {refusal.message}",
         )
@@ -317,6 +344,7 @@ class _Stage:
             run=self.run.metadata.name,
             namespace=self.run.metadata.namespace,
             run_uid=self.run.metadata.uid,
+            runtime=self.run.spec.runtime,
             stage=self.stage,
             attempt=number,
             seed=self.run.spec.seed,

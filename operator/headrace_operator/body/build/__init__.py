@@ -15,6 +15,7 @@ from headrace_operator.body.build.names import (
     DIGEST_ANNOTATION,
     RUN_LABEL,
     account_name,
+    attempt_name,
     metadata,
     reference,
     run_reference,
@@ -41,11 +42,11 @@ def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
     pool = runtime.spec.trainer
     if resolved.stage.config.RUNS_AS is RunsAs.SERVICE:
         workload, service = deployment(resolved, pool), cluster_service(resolved)
+        asked = [resolved.digest, resolved.attempt, pool.model_dump(mode="json", exclude_defaults=True)]
+        workload["metadata"]["annotations"][DIGEST_ANNOTATION] = canonical_digest(asked)
     else:
         workload, service = job(resolved, pool), headless_service(resolved)
-    config = _config(resolved, workload["metadata"]["name"])
-    digest = canonical_digest([workload, service, config])
-    workload["metadata"]["annotations"][DIGEST_ANNOTATION] = digest
+    config = _config(resolved)
     return Objects(account=_account(resolved), workload=workload, dependents=(config, service))
 
 
@@ -70,10 +71,13 @@ def _account(resolved: ResolvedStage) -> Raw:
     }
 
 
-def _config(resolved: ResolvedStage, name: str) -> Raw:
+def _config(resolved: ResolvedStage) -> Raw:
+    """What the attempt is. Immutable, and each attempt has its own: nobody changes what runs, and an old server that is
+    started again while a new one rolls out still finds its own."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": metadata(resolved, name),
+        "metadata": metadata(resolved, attempt_name(resolved.run, resolved.stage.name, resolved.attempt)),
+        "immutable": True,
         "data": {STAGE_FILE: resolved.model_dump_json(by_alias=True, exclude_none=True, indent=2)},
     }

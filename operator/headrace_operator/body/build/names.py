@@ -10,8 +10,11 @@ RUN_UID_LABEL = f"{GROUP}/run-uid"
 STAGE_LABEL = f"{GROUP}/stage"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 HASH_ANNOTATION = f"{GROUP}/hash"
+RESOLVED_ANNOTATION = f"{GROUP}/resolved"
+"""ResolvedStage.digest of what the object was made for."""
 DIGEST_ANNOTATION = f"{GROUP}/digest"
-"""Digest of what was built, on Deployments: another digest means that it has to be applied again."""
+"""On Deployments, of what was asked for: the attempt and the runtime. Another one means that it has to be applied again;
+the same one that it need not, even if a newer operator would build it otherwise."""
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
@@ -43,13 +46,18 @@ def labels(resolved: ResolvedStage) -> dict[str, str]:
 
 
 def metadata(resolved: ResolvedStage, name: str) -> dict[str, Any]:
-    """Name, labels and hash of an object."""
+    """Name, labels and digests of an object."""
     return {
         "name": name,
         "namespace": resolved.namespace,
         "labels": labels(resolved),
-        "annotations": {HASH_ANNOTATION: resolved.hash},
+        "annotations": annotations(resolved),
     }
+
+
+def annotations(resolved: ResolvedStage) -> dict[str, str]:
+    """What an attempt was made for."""
+    return {HASH_ANNOTATION: resolved.hash, RESOLVED_ANNOTATION: resolved.digest}
 
 
 def run_reference(resolved: ResolvedStage) -> dict[str, Any]:

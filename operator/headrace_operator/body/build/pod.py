@@ -6,7 +6,7 @@ from typing import Any
 from headrace_api.contract import STAGE_FILE, TOKEN_AUDIENCE, ResolvedStage
 from headrace_api.runtime import Pool
 from headrace_operator.body.build.merge import merge
-from headrace_operator.body.build.names import HASH_ANNOTATION, account_name, labels
+from headrace_operator.body.build.names import account_name, annotations, labels
 
 CONTAINER = "trainer"
 MASTER_PORT = 29400
@@ -97,7 +97,7 @@ def _contract(resolved: ResolvedStage, pool: Pool, *, config: str) -> dict[str, 
             {"name": "headrace-token", "projected": {"sources": [{"serviceAccountToken": token}]}},
         ],
     }
-    metadata = {"labels": labels(resolved), "annotations": {HASH_ANNOTATION: resolved.hash}}
+    metadata = {"labels": labels(resolved), "annotations": annotations(resolved)}
     return {"metadata": metadata, "spec": spec}
 
 

@@ -8,6 +8,7 @@ from headrace_api.stages import Deploy
 from headrace_operator.body.build.names import (
     RUN_LABEL,
     STAGE_LABEL,
+    attempt_name,
     metadata,
     run_reference,
 )
@@ -18,7 +19,8 @@ def deployment(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
     """Replicas of one server."""
     deploy = _deploy(resolved)
     name = service_name(resolved.run, resolved.stage.name)
-    template = pod_template(resolved, pool, config=name, extra=_server(pool, port=deploy.port))
+    config = attempt_name(resolved.run, resolved.stage.name, resolved.attempt)
+    template = pod_template(resolved, pool, config=config, extra=_server(pool, port=deploy.port))
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
