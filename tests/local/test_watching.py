@@ -14,7 +14,7 @@ import pytest
 
 from workplace import HEADRACE, Workplace
 
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Terminal:
         code = self.process.wait(timeout=seconds)
         self._reader.join(timeout=10)
         os.close(self.controller)
-        return code, _CONTROL.sub("", b"".join(self._chunks).decode())
+        return code, _CONTROL.sub("", b"".join(self._chunks).decode()).replace("\r", "\n")
 
 
 def on_terminal(workplace: Workplace, *words: str) -> Terminal:
