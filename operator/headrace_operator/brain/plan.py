@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from headrace_api.contract import ResolvedStage
+from headrace_api.people import people_count
 from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
 from headrace_operator.brain.active_time import account
 from headrace_operator.brain.observed import LIVE, Attempt, Observed
@@ -137,4 +138,8 @@ def _events(before: StageStatus, plan: StagePlan) -> list[Event]:
 def _figures(status: StageStatus) -> str:
     if status.endpoint:
         return f"serving at {status.endpoint}"
-    return ", ".join(f"{k}={v:.4g}" for k, v in sorted(status.metrics.items())) or "done"
+    return ", ".join(f"{k}={_figure(v)}" for k, v in sorted(status.metrics.items())) or "done"
+
+
+def _figure(value: float) -> str:
+    return people_count(value) if abs(value) >= 1000 else f"{value:.4g}"
