@@ -205,6 +205,27 @@ Cadence = Annotated[
 """Every so many steps (a number) or every so much time (``30m``)."""
 
 
+def _check_duration(value: object) -> object:
+    if not isinstance(value, str) or parse_duration(value) <= 0:
+        raise ValueError("must be above 0; write a number with a unit of ms, s, m, h or d, as 30m")
+    return value
+
+
+Duration = Annotated[
+    str,
+    BeforeValidator(_check_duration),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": _DURATION,
+            "maxLength": _QUANTITY_LENGTH,
+            "x-kubernetes-validations": [rule("self.matches('[1-9]')", "must be above 0, as 30m")],
+        }
+    ),
+]
+"""An amount of time, more than none: ``30m``."""
+
+
 def _is_finite(value: object) -> bool:
     try:
         return math.isfinite(float(value))  # type: ignore[arg-type]

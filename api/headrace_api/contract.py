@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from pydantic import Field
 
 from headrace_api.artifact import ArtifactRef, canonical_digest
-from headrace_api.base import Figure, Spec, Uri
+from headrace_api.base import Duration, Figure, Spec, Uri
 from headrace_api.run import Stage, Storage
 
 STAGE_FILE = "stage.json"
@@ -46,6 +46,8 @@ class ResolvedStage(Spec):
     """storage is where artifacts are, without credentials."""
     output_uri: Uri
     """outputUri is the stage's folder in storage."""
+    on_stall: Duration | None = None
+    """onStall is the run's restartPolicy.onStall."""
     progress_url: str | None = None
     """progressUrl is where Progress is reported: http(s), or a file."""
 

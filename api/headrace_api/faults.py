@@ -29,6 +29,7 @@ class FaultClass(StrEnum):
 
     USER = "user"
     PROCESS = "process"
+    STALL = "stall"
     POD = "pod"
     STORAGE = "storage"
     STOPPED = "stopped"
@@ -46,6 +47,7 @@ class Budget(StrEnum):
 BUDGETS: dict[FaultClass, Budget] = {
     FaultClass.USER: Budget.USER,
     FaultClass.PROCESS: Budget.INFRA,
+    FaultClass.STALL: Budget.INFRA,
     FaultClass.POD: Budget.INFRA,
     FaultClass.STORAGE: Budget.INFRA,
     FaultClass.STOPPED: Budget.INFRA,
@@ -104,9 +106,10 @@ _MOST_TELLING = (
     FaultClass.STOPPED,
     FaultClass.POD,
     FaultClass.CAPACITY,
+    FaultClass.STALL,
     FaultClass.PROCESS,
 )
-"""When one rank reads bad data or a pod is evicted, the others only see a closed connection."""
+"""When one rank reads bad data, hangs, or loses its pod, the others only wait, or see a closed connection."""
 
 
 def most_telling(outcomes: Iterable[Outcome]) -> Outcome | None:

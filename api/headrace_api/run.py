@@ -23,6 +23,7 @@ from pydantic import (
 from headrace_api.artifact import ArtifactRef
 from headrace_api.base import (
     MOST,
+    Duration,
     FieldError,
     JsonSchema,
     Matches,
@@ -183,6 +184,10 @@ class RestartPolicy(Spec):
     """maxUserRestarts bounds the restarts after bad configuration or data, for each stage; 0 fails at once."""
     reset_after_steps: int = Field(100, ge=1, le=1_000_000_000)
     """resetAfterSteps gives a stage its restarts back once it is this many steps past the furthest step that failed."""
+    on_stall: Duration | None = None
+    """onStall is how long a rank may take for one training step before it is taken to hang: its stacks are kept, and the
+    gang is restarted. If unset, five times its 99th percentile, at least 60s. Other phases, as saving and evaluating, may
+    take five times their own 99th percentile, at least this long; where that is not known yet, five times onStall, or 10m."""
 
 
 _WORLD = "{0}.compute.nodes * (has({0}.compute.ranksPerNode) ? {0}.compute.ranksPerNode : ({0}.compute.gpusPerNode > 0 ? {0}.compute.gpusPerNode : 1))"

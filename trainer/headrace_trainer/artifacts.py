@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from headrace_api.artifact import ARTIFACT_FILE, Artifact, ArtifactFile, ArtifactRef
 from headrace_api.contract import ResolvedStage
+from headrace_trainer import board
 from headrace_trainer.errors import StorageError
 from headrace_trainer.storage import ObjectStore
 
@@ -81,6 +82,7 @@ def fetch(store: ObjectStore, ref: ArtifactRef, *, into: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(file.path, path)
         _verify(path, file, address=f"{ref.uri}/{file.path}")
+        board.beat()
     return local or into
 
 
@@ -104,6 +106,7 @@ def upload_part(store: ObjectStore, resolved: ResolvedStage, folder: Path, *, in
         store.delete(f"{stage}/{ARTIFACT_FILE}")  # from here on the old files are being replaced
     for file in files:
         store.put_file(f"{stage}/{file.path}", folder / file.path)
+        board.beat()
     note = "\n".join(f.model_dump_json() for f in files)
     store.put_bytes(_part_key(resolved, index), note.encode())
     return files
@@ -156,14 +159,15 @@ def _wait_for_part(store: ObjectStore, key: str, *, timeout: float) -> list[Arti
     while not store.exists(key):
         if time.monotonic() > deadline:
             raise StorageError(f"{store.uri}/{key}: not there after {timeout:.0f} s: did that pod fail?")
+        board.beat()
         time.sleep(0.5)
     return [ArtifactFile.model_validate_json(line) for line in store.get_bytes(key).decode().splitlines()]
 
 
 def _remove_leftovers(store: ObjectStore, stage: str, files: Sequence[ArtifactFile]) -> None:
-    """Remove what earlier attempts left, except checkpoints, which have a life of their own."""
+    """Remove what earlier attempts left, except checkpoints and the evidence of hangs, which have lives of their own."""
     listed = {f"{stage}/{f.path}" for f in files} | {f"{stage}/{ARTIFACT_FILE}"}
     for info in store.list(f"{stage}/"):
-        kept = info.key.removeprefix(f"{stage}/").startswith("checkpoints/")
+        kept = info.key.removeprefix(f"{stage}/").startswith(("checkpoints/", "evidence/"))
         if info.key not in listed and not kept:
             store.delete(info.key)

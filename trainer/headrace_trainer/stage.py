@@ -1,36 +1,41 @@
-"""One rank of a stage: ``python -m headrace_trainer.stage stage.json``.
+"""One rank of a stage: ``python -m headrace_trainer.stage stage.json``, or ``main`` in a process that was forked for it.
 
-In: a ``ResolvedStage`` and the environment that torchrun or the agent sets. ``stages.<kind>.run`` does the work; what
-it leaves in ``ctx.output`` is committed as the stage's artifact. Out: an ``Outcome`` for each rank, in the scratch
-folder, from which the agent makes the pod's termination message.
+In: a ``ResolvedStage`` and the environment that the agent's launcher sets. ``stages.<kind>.run`` does the work; what it
+leaves in ``ctx.output`` is committed as the stage's artifact. Out: on the rank's slot of the board, how far it is, and
+at its end an ``Outcome``, from which the agent makes the pod's termination message.
 """
 
+import contextlib
 import errno
+import faulthandler
 import fcntl
 import importlib
-import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from headrace_api.contract import Progress, ResolvedStage
 from headrace_api.faults import ExitCode, Outcome
 from headrace_api.stages import StageConfig
-from headrace_trainer import artifacts
+from headrace_trainer import artifacts, board
 from headrace_trainer.errors import StorageError, UserError, fault_of
-from headrace_trainer.processes import die_with_parent
+from headrace_trainer.processes import die_with_parent, let_stacks_be_read, name_process
 from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
-_REPORT_SECONDS = 0.5
 STOP_FILE = "stop"
-HEARTBEATS = "heartbeats"
-OUTCOMES = "outcomes"
+EVIDENCE = "evidence"
+"""The folder below the scratch folder for what explains a hang; it outlives the attempt."""
+STACK_SIGNAL = signal.SIGUSR1
+"""Makes a rank write the stacks of its threads into its ``stacks_file``."""
+_LOCK_SECONDS = 0.2
 
 log = logging.getLogger("headrace")
 
@@ -48,7 +53,8 @@ class StageContext:
     index: int = 0
     """The pod's index: ``JOB_COMPLETION_INDEX``."""
     store: ObjectStore = field(init=False)
-    _last_report: tuple[float, str] = field(default=(0.0, ""), init=False)
+    slot: board.Slot | None = None
+    """Where this rank reports; without an agent, nowhere."""
 
     def __post_init__(self) -> None:
         self.store = open_store(self.resolved.storage)
@@ -78,11 +84,12 @@ class StageContext:
         ref = self.resolved.inputs[slot]
         folder, done = self.scratch / "inputs" / slot, self.scratch / "inputs" / f"{slot}.path"
         folder.mkdir(parents=True, exist_ok=True)
-        with (self.scratch / "inputs" / f"{slot}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            self.report(phase="Loading", message=f"reading the {slot}")
+        with _locked(self.scratch / "inputs" / f"{slot}.lock"):
             if not done.exists():
                 path = artifacts.fetch(open_uri(ref.uri, self.resolved.storage), ref, into=folder)
-                done.write_text(str(path))
+                write_atomically(done, str(path))
         return Path(done.read_text())
 
     def stop_requested(self) -> bool:
@@ -90,15 +97,29 @@ class StageContext:
         return (self.scratch / STOP_FILE).exists()
 
     def report(self, **fields: Any) -> None:
-        """Say how far this rank is: any fields of ``Progress``. Cheap: at most two writes a second and phase."""
-        phase, now = str(fields.get("phase", "")), time.monotonic()
-        if phase == self._last_report[1] and now - self._last_report[0] < _REPORT_SECONDS:
-            return
-        self._last_report = (now, phase)
-        progress = Progress(
-            stage=self.resolved.stage.name, attempt=self.resolved.attempt, time=datetime.now(UTC), **fields
-        )
-        write_atomically(self.scratch / HEARTBEATS / f"{self.rank}.json", progress.model_dump_json(by_alias=True))
+        """Say how far this rank is, with any fields of ``Progress``: at each step, and at each change of phase.
+
+        The agent takes a rank that says nothing, much longer than it was ever silent before, for one that hangs; where
+        a phase is long, ``board.beat`` at what is finished in it.
+        """
+        if self.slot is not None:
+            stage, attempt = self.resolved.stage.name, self.resolved.attempt
+            progress = Progress(stage=stage, attempt=attempt, time=datetime.now(UTC), **fields)
+            self.slot.report(progress.model_dump_json(by_alias=True))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file. Whoever waits for it beats: it is the holder that may hang."""
+    with path.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                board.beat()
+                time.sleep(_LOCK_SECONDS)
+        yield
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -109,8 +130,8 @@ def write_atomically(path: Path, text: str) -> None:
     staged.replace(path)
 
 
-def context_from_environment(stage_file: Path) -> StageContext:
-    """The context of this rank: ``HEADRACE_SCRATCH``, ``JOB_COMPLETION_INDEX`` and torchrun's variables."""
+def context_from_environment(stage_file: Path, *, slot: board.Slot | None = None) -> StageContext:
+    """The context of this rank: ``HEADRACE_SCRATCH``, ``JOB_COMPLETION_INDEX`` and torch's variables."""
     env = os.environ
     return StageContext(
         resolved=ResolvedStage.model_validate_json(stage_file.read_text()),
@@ -119,6 +140,7 @@ def context_from_environment(stage_file: Path) -> StageContext:
         world=int(env.get("WORLD_SIZE", "1")),
         local_rank=int(env.get("LOCAL_RANK", "0")),
         index=int(env.get("JOB_COMPLETION_INDEX", "0")),
+        slot=slot,
     )
 
 
@@ -152,30 +174,44 @@ def outcome_of(error: BaseException, *, rank: int) -> tuple[Outcome, ExitCode]:
     return Outcome(fault=fault, reason=type(error).__name__, message=message[:2000], step=step, rank=rank), code
 
 
-def main(argv: list[str]) -> int:
-    """Run one rank; the exit code is one of ``ExitCode``."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    ctx: StageContext | None = None
+def stacks_file(scratch: Path, local_rank: int) -> Path:
+    """Where a rank writes its stacks at ``STACK_SIGNAL``."""
+    return scratch / f"stacks-{local_rank}.txt"
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run one rank and end this process; the exit code is one of ``ExitCode``."""
     rank, code = int(os.environ.get("RANK", "0")), ExitCode.OK
+    where = f"rank {rank} " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {where}%(levelname)s %(message)s", stream=sys.stderr)
     die_with_parent()
+    name_process(f"rank {rank}")
+    slot = board.take_slot(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        ctx = context_from_environment(Path(argv[0]))
+        ctx = context_from_environment(Path(argv[0]), slot=slot)
+        _show_stacks_when_asked(ctx)
         ctx.report(phase="Starting")
         outcome = run_stage(ctx)
-    except Exception as error:
+    except BaseException as error:
         outcome, code = outcome_of(error, rank=rank)
         if code in (ExitCode.PROCESS, ExitCode.STORAGE):
             log.error("%s", "".join(traceback.format_exception(error)))
         log.error("%s: %s", outcome.reason, outcome.message)
-    record = {"time": time.time(), "outcome": json.loads(outcome.model_dump_json(by_alias=True))}
-    try:
-        write_atomically(Path(os.environ["HEADRACE_SCRATCH"]) / OUTCOMES / f"{rank}.json", json.dumps(record))
-    except OSError as error:
-        log.error("the outcome could not be written: %s", error)
+    if slot is not None:
+        slot.say(outcome.model_dump_json(by_alias=True))
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: threads and forked writers of a failed collective must not keep a dead rank alive.
     os._exit(code)
+
+
+def _show_stacks_when_asked(ctx: StageContext) -> None:
+    """Prepare for the agent's questions about a hang: this process may be attached to, and answers a signal."""
+    let_stacks_be_read()
+    faulthandler.enable()
+    with contextlib.suppress(OSError):  # a full disk is told by what needs it
+        file = stacks_file(ctx.scratch, ctx.local_rank).open("w")
+        faulthandler.register(STACK_SIGNAL, file=file, all_threads=True)
 
 
 if __name__ == "__main__":

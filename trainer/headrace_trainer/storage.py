@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace_api.run import Storage
+from headrace_trainer import board
 from headrace_trainer.errors import StorageError, UserError
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class S3Store:
 
     def put_file(self, key: str, path: Path) -> None:
         with _as_storage_errors(f"{self.uri}/{key}"):
-            self._client.upload_file(str(path), self.bucket, self._key(key))
+            self._client.upload_file(str(path), self.bucket, self._key(key), Callback=_moved)
 
     def put_bytes(self, key: str, data: bytes) -> None:
         with _as_storage_errors(f"{self.uri}/{key}"):
@@ -167,7 +168,7 @@ class S3Store:
 
     def get_file(self, key: str, path: Path) -> None:
         with _as_storage_errors(f"{self.uri}/{key}"):
-            self._client.download_file(self.bucket, self._key(key), str(path))
+            self._client.download_file(self.bucket, self._key(key), str(path), Callback=_moved)
 
     def get_bytes(self, key: str) -> bytes:
         with _as_storage_errors(f"{self.uri}/{key}"):
@@ -195,6 +196,11 @@ class S3Store:
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
+
+
+def _moved(_num_bytes: int) -> None:
+    """Bytes were sent or received: who waits for the rest does not hang."""
+    board.beat()
 
 
 def _s3_client(endpoint: str | None, region: str | None) -> "S3Client":

@@ -35,7 +35,7 @@ class RunsAs(StrEnum):
     TASKS = "tasks"
     """Independent ranks: each reads its part of the input and nobody waits for anybody."""
     GANG = "gang"
-    """One torchrun job: all ranks live, or none."""
+    """Ranks that compute together: all of them live, or none."""
     SERVICE = "service"
     """Replicas that go on until the run is deleted."""
 

@@ -352,6 +352,7 @@ class _Stage:
             inputs=dict(self.inputs),
             storage=self.run.spec.storage,
             output_uri=self._folder(),
+            on_stall=self.run.spec.restart_policy.on_stall,
         )
 
 

@@ -1,45 +1,169 @@
-"""How the ranks of a pod are started: torchrun for gangs, one process for everything else."""
+"""The agent's end of the launcher: start it, let the ranks start, hear which of them ended and how, end everything."""
 
+import contextlib
+import json
 import os
+import socket
+import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from headrace_api.contract import ResolvedStage
 from headrace_api.stages import RunsAs
+from headrace_trainer.agent.launcher import Ranks
 from headrace_trainer.agent.settings import Settings, default_threads
+from headrace_trainer.board import BOARD_VARIABLE, Board
+from headrace_trainer.processes import adopt_orphans, kill_tree, reap
+from headrace_trainer.stage import EVIDENCE
+
+_NCCL_EVENTS = 2000
+"""Collectives that NCCL's flight recorder keeps for each rank."""
 
 
-def rank_command(stage_file: Path, resolved: ResolvedStage, settings: Settings) -> list[str]:
-    """The command that runs this pod's ranks.
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a rank, or the launcher, ended."""
 
-    The pod's index is the node rank, so that a rank has the same number, and with it the same part of the model, in
-    every attempt: torchrun's dynamic rendezvous would not promise that.
+    rank: int | None
+    """The number in the gang; None for the launcher."""
+    code: int
+    """The exit code; negative for a signal."""
+
+
+class Launch:
+    """One launch of a pod's ranks. Used as a context: at its end nothing is left of them.
+
+    Attributes:
+        plan: which ranks.
+        slots: where each of them reports, by number in the gang.
+        pids: process ids of the ranks that were started and have not ended, by number in the gang.
+        ended: ranks that have ended, the first one first.
+        error: what kept the launcher from starting ranks, as (type, message); None otherwise.
     """
-    if resolved.stage.config.RUNS_AS is not RunsAs.GANG:
-        return [sys.executable, "-m", "headrace_trainer.stage", str(stage_file)]
-    compute = resolved.stage.compute
-    return [
-        *(sys.executable, "-m", "headrace_trainer.agent.gang"),
-        f"--nnodes={compute.nodes}",
-        f"--nproc-per-node={compute.ranks}",
-        f"--node-rank={settings.index}",
-        f"--master-addr={settings.master_addr}",
-        f"--master-port={settings.master_port}",
-        "--max-restarts=0",
-        "--module",
-        "headrace_trainer.stage",
-        str(stage_file),
-    ]
+
+    def __init__(self, stage_file: Path, resolved: ResolvedStage, settings: Settings) -> None:
+        self.plan = plan_ranks(resolved, index=settings.index)
+        board = Board.create(self.plan.count)
+        self.slots = {self.plan.first + i: slot for i, slot in enumerate(board.slots)}
+        self.pids: dict[int, int] = {}
+        self.ended: list[Ended] = []
+        self.error: tuple[str, str] | None = None
+        self._unread = b""
+        adopt_orphans()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            words = [str(theirs.fileno()), str(stage_file), json.dumps(asdict(self.plan))]
+            self._launcher = subprocess.Popen(
+                [sys.executable, "-m", "headrace_trainer.agent.launcher", *words],
+                env=rank_environment(resolved, settings, board=board),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), board.fd),
+                start_new_session=True,
+            )
+
+    @property
+    def launcher(self) -> int:
+        """The launcher's process id."""
+        return self._launcher.pid
+
+    def start_ranks(self) -> None:
+        """Let the ranks start, as soon as the launcher has imported what they need."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which poll tells
+            self._control.sendall(b"g")
+        self._control.setblocking(False)
+
+    def poll(self) -> bool:
+        """Hear what happened; whether the launcher, and so every rank, has ended."""
+        over = self._launcher.poll() is not None
+        self._hear()
+        if over and self._launcher.returncode != 0 and self.error is None:
+            self.ended.append(Ended(rank=None, code=self._launcher.returncode))
+        return over
+
+    def kill(self) -> None:
+        """Kill the launcher, the ranks, and whatever any of them started."""
+        kill_tree(os.getpid())
+        self._launcher.wait()
+        reap()
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._control.close()
+
+    def _hear(self) -> None:
+        try:
+            while data := self._control.recv(65536):
+                self._unread += data
+        except (BlockingIOError, ConnectionResetError):
+            pass
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+
+    def _take(self, said: dict[str, Any]) -> None:
+        match said:
+            case {"rank": rank, "pid": pid}:
+                self.pids[rank] = pid
+            case {"rank": rank, "code": code}:
+                self.pids.pop(rank, None)
+                self.ended.append(Ended(rank=rank, code=code))
+            case {"error": kind, "message": message}:
+                self.error = (kind, message)
 
 
-def rank_environment(resolved: ResolvedStage, settings: Settings) -> dict[str, str]:
+def plan_ranks(resolved: ResolvedStage, *, index: int) -> Ranks:
+    """Which ranks a pod has.
+
+    The pod's index decides their numbers, so that a rank has the same number, and with it the same part of the model,
+    in every attempt.
+    """
+    stage = resolved.stage
+    if stage.config.RUNS_AS is not RunsAs.GANG:
+        return Ranks(module=None, count=1, first=0, world=0)
+    return Ranks(
+        module=f"headrace_trainer.stages.{stage.kind}.stage",
+        count=stage.compute.ranks,
+        first=index * stage.compute.ranks,
+        world=stage.compute.world,
+    )
+
+
+def rank_environment(resolved: ResolvedStage, settings: Settings, *, board: Board) -> dict[str, str]:
     """The ranks' environment: the agent's, with what keeps libraries from the network and threads from each other."""
     env = dict(os.environ)
     env["HEADRACE_SCRATCH"] = str(settings.scratch)
     env["JOB_COMPLETION_INDEX"] = str(settings.index)
+    env[BOARD_VARIABLE] = f"/proc/self/fd/{board.fd}"
+    env["MASTER_ADDR"], env["MASTER_PORT"] = settings.master_addr, str(settings.master_port)
     env.setdefault("OMP_NUM_THREADS", str(default_threads(resolved.stage.compute.ranks)))
-    env["TMPDIR"] = str(settings.scratch)  # what torchrun and others leave goes with the attempt
+    env["TMPDIR"] = str(settings.scratch)  # what libraries leave goes with the attempt
     env["HF_HUB_OFFLINE"] = "1"
     env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "true")
     env["PYTHONUNBUFFERED"] = "1"
+    if resolved.stage.config.RUNS_AS is RunsAs.GANG:
+        env.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would be there before the ranks are forked
+    if resolved.stage.compute.gpus_per_node:
+        env |= flight_recorder(settings.scratch)
     return env
+
+
+def flight_recorder(scratch: Path) -> dict[str, str]:
+    """Variables that make NCCL keep its newest collectives, and write them down when one of them is late.
+
+    Both names of each: torch 2.11 reads the older ones.
+    """
+    where = str(scratch / EVIDENCE / "nccl-")
+    return {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(_NCCL_EVENTS),
+        "TORCH_FR_BUFFER_SIZE": str(_NCCL_EVENTS),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": where,
+        "TORCH_FR_DUMP_TEMP_FILE": where,
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": str(scratch / "nccl-pipe-"),
+    }

@@ -1,15 +1,11 @@
-"""Which of a pod's ranks explains how the attempt ended."""
+"""Which of a pod's ranks explains how the attempt ended. Pure."""
 
-import json
 import signal
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from headrace_api.faults import ExitCode, FaultClass, Outcome, most_telling
-from headrace_trainer.stage import OUTCOMES
+from headrace_trainer.agent.launch import Ended
 
-FIRST_FAILURE_FILE = "first-failure.json"
-"""Where ``gang`` notes the rank that torchrun saw fail first."""
 _CODES = {
     None: ExitCode.OK,
     FaultClass.USER: ExitCode.USER,
@@ -23,48 +19,42 @@ def exit_code_of(outcome: Outcome) -> int:
     return _CODES.get(outcome.fault, ExitCode.PROCESS)
 
 
-def explain(scratch: Path, *, exit_code: int, stopping: bool) -> Outcome:
-    """The outcome of a pod, from what its ranks left.
+def explain(
+    words: Sequence[Outcome], ended: Sequence[Ended], *, verdict: Outcome | None = None, oom_kills: int | None = None
+) -> Outcome:
+    """The outcome of a pod.
 
     Args:
-        scratch: where ranks left their outcomes, and torchrun its note of the first failure.
-        exit_code: of the process that started the ranks; negative for a signal.
-        stopping: whether the pod had been asked to stop.
+        words: what its ranks said at their ends, the earliest first.
+        ended: how they ended of themselves, the first one first.
+        verdict: why the agent killed the rest; None if it had no reason of its own.
+        oom_kills: processes that the kernel killed meanwhile for want of memory; None where that is not known.
     """
-    records = sorted(_records(scratch / OUTCOMES), key=lambda r: float(r["time"]))
-    said = [Outcome.model_validate(r["outcome"]) for r in records]
-    if exit_code == 0:
-        return next((o for o in said if o.artifact_digest is not None), Outcome())
-    told = most_telling(said)
+    if verdict is None and ended and all(e.code == 0 for e in ended):
+        return next((o for o in words if o.artifact_digest is not None), Outcome())
+    told = most_telling(words)
     if told is not None and told.fault is not FaultClass.PROCESS:
         return told
-    return _killed(scratch, exit_code) or told or _silent(exit_code, stopping=stopping)
+    # A rank that a signal ended could not speak, and its peers' errors follow from that.
+    killed = next((_killed(e, oom_kills=oom_kills) for e in ended if e.code < 0), None)
+    return verdict or killed or told or _silent(ended)
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9]*.json"))] if folder.is_dir() else []
-
-
-def _killed(scratch: Path, exit_code: int) -> Outcome | None:
-    """A rank that died of a signal, so that it could not speak; its peers' errors follow from that."""
-    note = scratch / FIRST_FAILURE_FILE
-    first = json.loads(note.read_text()) if note.exists() else {"rank": 0, "exitCode": exit_code}
-    if first["exitCode"] >= 0:
-        return None
-    name = signal.Signals(-first["exitCode"]).name
-    message = f"rank {first['rank']} was ended by {name}"
-    if name == "SIGKILL":
+def _killed(ended: Ended, *, oom_kills: int | None) -> Outcome:
+    name = signal.Signals(-ended.code).name
+    who = "the launcher of the ranks" if ended.rank is None else f"rank {ended.rank}"
+    reason, message = "RankKilled", f"{who} was ended by {name}"
+    if name == "SIGKILL" and oom_kills:
+        reason = "OutOfMemory"
+        message = f"{who} ran out of memory, and the kernel killed it: raise compute.memory, or lower microBatchSize"
+    elif name == "SIGKILL" and oom_kills is None:
         message += "; if nobody did that, it may have run out of memory"
-    return Outcome(fault=FaultClass.PROCESS, reason="RankKilled", message=message, rank=first["rank"])
+    return Outcome(fault=FaultClass.PROCESS, reason=reason, message=message, rank=ended.rank)
 
 
-def _silent(exit_code: int, *, stopping: bool) -> Outcome:
-    if stopping:
-        return Outcome(
-            fault=FaultClass.PROCESS,
-            reason="KilledWhileStopping",
-            message="the ranks did not stop within the grace period",
-        )
-    return Outcome(
-        fault=FaultClass.PROCESS, reason="RanksFailed", message=f"exit code {exit_code} without a word; see the log"
-    )
+def _silent(ended: Sequence[Ended]) -> Outcome:
+    first = next((e for e in ended if e.code != 0), None)
+    who = "the launcher" if first is None or first.rank is None else f"rank {first.rank}"
+    code = first.code if first is not None else "unknown"
+    message = f"{who} ended with exit code {code} without a word; see the log"
+    return Outcome(fault=FaultClass.PROCESS, reason="RanksFailed", message=message, rank=first.rank if first else None)

@@ -1,64 +1,83 @@
-"""Progress out of the pod: the newest heartbeat of rank 0 to the operator, or to a file that the local body reads."""
+"""Progress out of the pod: the newest report of rank 0 to the operator, or to a file that the local body reads."""
 
 import logging
-import time
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
 import urllib3
-from pydantic import ValidationError
 
 from headrace_api.contract import Progress, ProgressReport, ResolvedStage
 from headrace_api.faults import Outcome
 from headrace_trainer.agent.settings import Settings
-from headrace_trainer.stage import HEARTBEATS, write_atomically
+from headrace_trainer.stage import write_atomically
 
 _HTTP_INTERVAL_SECONDS = 2.0
 _FILE_INTERVAL_SECONDS = 0.25
+_FINISH_SECONDS = 3.0
 
 log = logging.getLogger("headrace.agent")
 
 
 class Reporter:
-    """Sends a pod's progress. Losing a report is harmless: the next one replaces it."""
+    """Sends a pod's progress from a thread of its own, so that a silent operator keeps nobody waiting.
+
+    Losing a report is harmless: the next one replaces it.
+    """
 
     def __init__(self, resolved: ResolvedStage, settings: Settings) -> None:
         self._resolved, self._settings = resolved, settings
         self._url = resolved.progress_url or ""
+        self._interval = _FILE_INTERVAL_SECONDS if self._url.startswith("file:") else _HTTP_INTERVAL_SECONDS
         self._http = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(connect=2, read=5))
-        self._last_sent = 0.0
-        self._last: Progress | None = None
+        self._news = threading.Condition()
+        self._newest: Progress | None = None
+        self._sent: Progress | None = None
+        self._last = False
+        if self._url and settings.index == 0:  # only the pod with index 0 speaks
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
 
-    def newest(self) -> Progress | None:
-        """The newest heartbeat of the pod's first rank, or None before there is one."""
-        rank = self._settings.index * self._resolved.stage.compute.ranks
-        try:
-            text = (self._settings.scratch / HEARTBEATS / f"{rank}.json").read_text()
-            return Progress.model_validate_json(text)
-        except (FileNotFoundError, ValidationError):
-            return None
-
-    def send(self, progress: Progress, *, now: bool = False) -> None:
-        """Send a report, if it is news and the last one is long enough ago; only the pod with index 0 speaks."""
-        interval = _FILE_INTERVAL_SECONDS if self._url.startswith("file:") else _HTTP_INTERVAL_SECONDS
-        due = now or time.monotonic() - self._last_sent >= interval
-        if not self._url or self._settings.index != 0 or not due or progress == self._last:
-            return
-        self._last_sent = time.monotonic()
-        if self._url.startswith("file:"):
-            text = progress.model_dump_json(by_alias=True, exclude_none=True)
-            write_atomically(Path(self._url.removeprefix("file://")), text)
-            self._last = progress
-        elif self._post(progress):
-            self._last = progress
+    def send(self, progress: Progress) -> None:
+        """Send a report, if it is news, when the last one is long enough ago."""
+        with self._news:
+            self._newest = progress
+            self._news.notify()
 
     def finish(self, outcome: Outcome) -> None:
-        """Send what the ranks said last, so that a checkpoint made while stopping is known."""
-        progress = self.newest()
-        if progress is not None:
-            phase = "Done" if outcome.fault is None else "Stopped"
-            update = {"phase": phase, "message": outcome.message[:1024], "time": datetime.now(UTC), "endpoint": None}
-            self.send(progress.model_copy(update=update), now=True)
+        """Send at once what the ranks said last, so that a checkpoint made while stopping is known."""
+        with self._news:
+            if self._newest is not None:
+                phase = "Done" if outcome.fault is None else "Stopped"
+                update = {"phase": phase, "message": outcome.message[:1024], "time": datetime.now(UTC), "endpoint": None}
+                self._newest = self._newest.model_copy(update=update)
+            self._last = True
+            self._news.notify()
+        if self._url and self._settings.index == 0:
+            self._thread.join(_FINISH_SECONDS)
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._last or self._newest != self._sent)
+                progress, last = self._newest, self._last
+            if progress is not None and progress != self._sent and self._deliver(progress):
+                self._sent = progress
+            if last:
+                return
+            with self._news:
+                self._news.wait_for(lambda: self._last, self._interval)
+
+    def _deliver(self, progress: Progress) -> bool:
+        if not self._url.startswith("file:"):
+            return self._post(progress)
+        try:
+            text = progress.model_dump_json(by_alias=True, exclude_none=True)
+            write_atomically(Path(self._url.removeprefix("file://")), text)
+        except OSError as error:
+            log.warning("progress was not written: %s", error)
+            return False
+        return True
 
     def _post(self, progress: Progress) -> bool:
         headers = {"Content-Type": "application/json"}

@@ -180,7 +180,7 @@ class Loop:
         self.pace.restart()
 
     def _report(self, phase: str) -> None:
-        """Said by every rank: the agent takes a rank that says nothing for one that hangs."""
+        """Said by every rank after every step: the agent takes a rank that says nothing for one that hangs."""
         newest = self.history.records[-1] if self.history.records else {}
         self.host.report(
             phase=phase,

@@ -15,8 +15,9 @@ import torch
 from headrace_trainer.engine.device.determinism import be_deterministic
 
 
+@functools.cache
 def has_cuda() -> bool:
-    """Whether this rank computes on a GPU."""
+    """Whether this rank computes on a GPU. Remembered: the stand-ins for machines without one change torch's answer."""
     return torch.cuda.is_available()
 
 

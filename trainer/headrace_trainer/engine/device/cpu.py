@@ -8,7 +8,7 @@ a ``TorchFunctionMode`` would tax every operation and would not reach other thre
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ def install() -> None:
     _stand_in_for_tensor_methods()
     _stand_in_for_cuda_module()
     dist.barrier = _barrier_without_device(dist.barrier)
+    _hide_optimizers_from_no_compiler()
     _stand_in_inside_megatron()
 
 
@@ -175,10 +176,29 @@ def _barrier_without_device(original: Callable[..., Any]) -> Callable[..., Any]:
     return barrier
 
 
-def _stand_in_inside_megatron() -> None:
-    import megatron.core.jit
+def _hide_optimizers_from_no_compiler() -> None:
+    """Optimizers load the compiler at their first use, to tell it to leave them alone. Where there is none, it is said here."""
+    for method in vars(torch.optim.Optimizer).values():
+        hidden = getattr(method, "__wrapped__", None)
+        if hidden is not None and "_disable_dynamo" in getattr(method, "__code__", hidden.__code__).co_qualname:
+            hidden.__dynamo_disable = hidden
 
-    # Decorators read the switch while Megatron is imported; torch.compile would ask for a C++ compiler.
+
+@contextlib.contextmanager
+def _nothing_is_compiled() -> Iterator[None]:
+    original = torch.compile
+    torch.compile = lambda model=None, **_options: model if model is not None else lambda model: model  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _stand_in_inside_megatron() -> None:
+    with _nothing_is_compiled():
+        # Decorators compile while Megatron is imported, before its own switch can be reached: torch.compile would load
+        # the compiler, which takes longer than all of Megatron, and later ask for one of C++.
+        import megatron.core.jit
     megatron.core.jit.disable_jit_fuser()
 
     from megatron.core.tensor_parallel import random

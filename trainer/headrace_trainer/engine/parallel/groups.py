@@ -1,6 +1,6 @@
 """Start and end of the gang's process groups.
 
-In: a checked ``Layout`` and torchrun's environment. Out: a ``Gang``, while torch's and Megatron's groups exist.
+In: a checked ``Layout``, and where rank 0 is found in the environment. Out: a ``Gang``, while torch's and Megatron's groups exist.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from headrace_api.parallelism import Layout
 from headrace_trainer.engine import device
 from headrace_trainer.engine.parallel.gang import Gang
+from headrace_trainer.engine.parallel.rendezvous import meet
 
 _TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a rank that is silent but alive: the slowest is a save that waits for an upload.
-Ranks that die are noticed at once, by their closed connections; silent ones earlier, by the agent."""
+Ranks that die are noticed at once, by their closed connections; ones that hang earlier, by their agent."""
 
 
 @contextmanager
@@ -46,8 +47,7 @@ def join_gang(layout: Layout, *, rank: int, local_rank: int = 0, local_world: in
 def _start_torch(layout: Layout, *, rank: int, local_rank: int) -> None:
     if device.has_cuda():
         torch.cuda.set_device(local_rank)
-    # A single rank needs no address to meet at.
-    store = dist.HashStore() if layout.world == 1 else None  # type: ignore[attr-defined]
+    store = meet(rank=rank, world=layout.world)
     dist.init_process_group(
         device.collective_backend(), store=store, rank=rank, world_size=layout.world, timeout=_TIMEOUT
     )

@@ -1,0 +1,37 @@
+"""Whether the kernel killed something of this pod for want of memory: it counts that for each control group."""
+
+from pathlib import Path
+
+_FILES = {"": "memory.events", "memory": "memory.oom_control"}
+"""Controller, as ``/proc/self/cgroup`` names it -> the file with the count: version 2, and version 1."""
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """How many processes of this control group the kernel has killed for want of memory; None where it does not say.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            if controller in _FILES:
+                mount = root / "sys/fs/cgroup" / controller
+                # In a container the path may be the host's, of which only the lowest folder is mounted.
+                for folder in (mount / path.lstrip("/"), mount):
+                    count = _count(folder / _FILES[controller])
+                    if count is not None:
+                        return count
+    return None
+
+
+def _count(file: Path) -> int | None:
+    try:
+        entries = dict(line.split() for line in file.read_text().splitlines())
+        return int(entries["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,118 @@
+"""How ranks tell their agent that they go on, and how they ended: one slot a rank in memory that both share.
+
+A rank writes where it is (``report``), that it still moves (``beat``), and its last words (``say``). The agent reads.
+Nothing is sent and nothing is on a disk: a full or silent disk neither stops a rank nor hides how it ended.
+"""
+
+import mmap
+import os
+import struct
+import zlib
+from pathlib import Path
+
+BOARD_VARIABLE = "HEADRACE_BOARD"
+"""The environment variable with the path of the memory; unset, ranks say nothing."""
+_TEXT_BYTES = 32 * 1024
+_COUNTS = struct.Struct("<QQ")
+_TEXT = struct.Struct("<II")
+_SLOT_BYTES = mmap.PAGESIZE * -(-(_COUNTS.size + 2 * (_TEXT.size + _TEXT_BYTES)) // mmap.PAGESIZE)
+_PROGRESS_AT = _COUNTS.size
+_WORDS_AT = _PROGRESS_AT + _TEXT.size + _TEXT_BYTES
+
+
+class Slot:
+    """What one rank says. Only that rank writes."""
+
+    def __init__(self, memory: mmap.mmap, index: int) -> None:
+        self._memory, self._at = memory, index * _SLOT_BYTES
+
+    def report(self, progress: str) -> None:
+        """Say where this rank is: it has entered another phase, or finished another unit."""
+        self._write(_PROGRESS_AT, progress)
+        beats, reports = self.counts
+        self._count(beats + 1, reports + 1)
+
+    def beat(self) -> None:
+        """Say that this rank moves on in what it reported last."""
+        beats, reports = self.counts
+        self._count(beats + 1, reports)
+
+    def say(self, words: str) -> None:
+        """Leave this rank's last words."""
+        self._write(_WORDS_AT, words)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many beats there were, reports included, and how many reports."""
+        beats, reports = _COUNTS.unpack_from(self._memory, self._at)
+        return beats, reports
+
+    @property
+    def progress(self) -> str | None:
+        """The newest report; None before the first, and while one is being written."""
+        return self._read(_PROGRESS_AT)
+
+    @property
+    def words(self) -> str | None:
+        """The last words; None where there are none."""
+        return self._read(_WORDS_AT)
+
+    def _count(self, beats: int, reports: int) -> None:
+        _COUNTS.pack_into(self._memory, self._at, beats, reports)
+
+    def _write(self, offset: int, text: str) -> None:
+        data, at = text.encode(), self._at + offset
+        if len(data) > _TEXT_BYTES:
+            raise ValueError(f"{len(data)} bytes are more than a slot's {_TEXT_BYTES}")
+        self._memory[at + _TEXT.size : at + _TEXT.size + len(data)] = data
+        _TEXT.pack_into(self._memory, at, len(data), zlib.crc32(data))
+
+    def _read(self, offset: int) -> str | None:
+        at = self._at + offset
+        length, checksum = _TEXT.unpack_from(self._memory, at)
+        data = self._memory[at + _TEXT.size : at + _TEXT.size + min(length, _TEXT_BYTES)]
+        return data.decode() if length and zlib.crc32(data) == checksum else None
+
+
+class Board:
+    """The slots of a pod's ranks, by local rank.
+
+    Attributes:
+        fd: the memory's file descriptor, for processes that inherit it.
+    """
+
+    def __init__(self, fd: int, *, ranks: int) -> None:
+        self.fd = fd
+        self._memory = mmap.mmap(fd, ranks * _SLOT_BYTES)
+        self.slots = tuple(Slot(self._memory, i) for i in range(ranks))
+
+    @classmethod
+    def create(cls, ranks: int) -> "Board":
+        """An empty board. It lasts as long as a process has it open."""
+        fd = os.memfd_create("headrace-board")
+        os.ftruncate(fd, ranks * _SLOT_BYTES)
+        return cls(fd, ranks=ranks)
+
+
+_mine: Slot | None = None
+
+
+def take_slot(local_rank: int) -> Slot | None:
+    """Make a slot of the board that the environment names this process's own; None where it names none."""
+    global _mine
+    path = os.environ.get(BOARD_VARIABLE)
+    if path is None:
+        return None
+    with Path(path).open("r+b") as file:
+        ranks = os.fstat(file.fileno()).st_size // _SLOT_BYTES
+        _mine = Slot(mmap.mmap(file.fileno(), ranks * _SLOT_BYTES), local_rank)
+    return _mine
+
+
+def beat() -> None:
+    """Say that this rank moves on, from wherever its work is done: a file was stored, bytes arrived.
+
+    Never from a timer: what beats while the rank's work stands still would hide that it hangs.
+    """
+    if _mine is not None:
+        _mine.beat()
