@@ -34,10 +34,8 @@ def headrace(tmp_path_factory):
 
 
 def _ranks(headrace: Workplace) -> list[psutil.Process]:
-    """The running ranks: Python processes that torchrun started."""
-    agents = [p for p in headrace.processes() if "headrace_trainer.agent" in p.cmdline()]
-    below = [p for agent in agents for p in agent.children(recursive=True)]
-    return [p for p in below if "headrace_trainer.stage" in p.cmdline() and "--nnodes=1" not in p.cmdline()]
+    """The running ranks, by number: a launcher forks them, and each names itself."""
+    return sorted((p for p in headrace.processes() if p.name().startswith("rank ")), key=lambda p: p.name())
 
 
 def test_a_second_run_skips_every_finished_stage(headrace):
@@ -64,6 +62,22 @@ def test_a_rank_that_is_killed_at_a_random_step_changes_no_later_loss(headrace):
     assert (status["attempt"], status["infraRestarts"]) == (2, 1)
     assert headrace.losses("base-killed") == headrace.losses("base")
     assert len(headrace.losses("base")) == 40
+
+
+def test_a_rank_that_is_held_is_found_and_changes_no_later_loss(headrace):
+    policy = {**RESTARTS, "onStall": "10s"}
+    headrace.manifest(*DATA, "base-held", restartPolicy=policy)
+    run = headrace.start()
+    headrace.wait_for(lambda: headrace.step("base-held") >= 6 and len(_ranks(headrace)) == 2)
+    _ranks(headrace)[1].send_signal(signal.SIGSTOP)
+    _, err = run.communicate(timeout=240)
+    assert run.returncode == 0, err
+    assert "rank 1 hangs, and is held by a signal: phase Running" in err
+    status = headrace.stage("base-held")
+    assert (status["attempt"], status["infraRestarts"]) == (2, 1)
+    stacks = (headrace.artifact("base-held") / "evidence/attempt-1/pod-0/stacks.txt").read_text()
+    assert "Loop._train_step" in stacks
+    assert headrace.losses("base-held") == headrace.losses("base")
 
 
 def test_ctrl_c_suspends_with_a_checkpoint_and_running_again_goes_on(headrace):
@@ -108,7 +122,7 @@ def test_an_agent_that_is_killed_takes_its_ranks_with_it_and_is_replaced(headrac
     assert alive == []
     _, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
-    assert headrace.stage("base-agent")["infraRestarts"] == 1
+    assert headrace.stage("base-agent")["infraRestarts"] == 1, err
     assert headrace.losses("base-agent") == headrace.losses("base")
 
 

@@ -11,6 +11,10 @@ class StorageError(Exception):
     """Storage did not answer, is full, or holds something corrupt."""
 
 
+class PeersMissing(Exception):
+    """Ranks of the gang did not come in time."""
+
+
 class Stopped(Exception):
     """Asked to stop, and stopped with the work saved.
 

@@ -71,7 +71,7 @@ def cpu_seconds(pid: int) -> float:
     with contextlib.suppress(psutil.Error):
         for process in (psutil.Process(pid), *tree(pid)):
             with contextlib.suppress(psutil.Error):
-                spent += sum(process.cpu_times()[:2])
+                spent += sum(process.cpu_times()[:4])  # its own, and of children that have ended
     return spent
 
 

@@ -26,7 +26,7 @@ from headrace_api.contract import Progress, ResolvedStage
 from headrace_api.faults import ExitCode, Outcome
 from headrace_api.stages import StageConfig
 from headrace_trainer import artifacts, board
-from headrace_trainer.errors import StorageError, UserError, fault_of
+from headrace_trainer.errors import PeersMissing, Stopped, StorageError, UserError, fault_of
 from headrace_trainer.processes import die_with_parent, let_stacks_be_read, name_process
 from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
@@ -168,7 +168,7 @@ def outcome_of(error: BaseException, *, rank: int) -> tuple[Outcome, ExitCode]:
         where = error.filename or "the scratch folder"
         error = StorageError(f"{where}: no space left on the device: free some, or mount a larger scratch volume")
     fault, code = fault_of(error)
-    named = isinstance(error, UserError | StorageError)
+    named = isinstance(error, UserError | StorageError | PeersMissing | Stopped)
     message = str(error) if named else "".join(traceback.format_exception_only(error)).strip()
     step = getattr(error, "step", None)
     return Outcome(fault=fault, reason=type(error).__name__, message=message[:2000], step=step, rank=rank), code

@@ -76,9 +76,20 @@ def test_a_task_has_a_python_of_its_own(pods):
             "bad document",
             ExitCode.USER,
         ),
+        (
+            {"0": [STEPS], "1": [["fill_the_disk"], ["steps", 5], ["write", "a"]]},
+            FaultClass.STORAGE,
+            "OSError",
+            1,
+            "OSError: [Errno 27] File too large",
+            ExitCode.STORAGE,
+        ),
         ({"import": "fails"}, FaultClass.PROCESS, "ImportError", None, "no such library", ExitCode.PROCESS),
     ],
-    ids=["killed", "crashed", "silent", "the cause is told after the first failure", "nothing to start"],
+    ids=[
+        *("killed", "crashed", "silent", "the cause is told after the first failure"),
+        *("no room for a word on the disk", "nothing to start"),
+    ],
 )
 def test_how_a_pod_ended(pods, script, fault, reason, rank, message, code):
     attempt = pods(script)

@@ -40,4 +40,4 @@ def test_an_agent_that_waits_for_storage_stops_when_asked(tmp_path):
             assert agent.wait(timeout=30) == ExitCode.STOPPED
         finally:
             agent.kill()
-    assert not (tmp_path / "scratch" / "outcomes").exists()
+    assert not (tmp_path / "said").exists()

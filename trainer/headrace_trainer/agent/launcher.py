@@ -148,3 +148,4 @@ def _tell(control: socket.socket, **said: Any) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    os._exit(0)  # what was imported has nothing to say at its end, and some of it would

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     reporter = Reporter(resolved, settings)
     try:
         shutil.rmtree(settings.scratch, ignore_errors=True)
-        settings.scratch.mkdir(parents=True)
+        (settings.scratch / EVIDENCE).mkdir(parents=True)
         # The launcher imports what ranks need while storage is asked whether they are needed.
         with Launch(Path(argv[0]), resolved, settings) as launch:
             outcome = done_already(resolved) or Agent(resolved, settings, reporter, launch).run()
@@ -93,8 +93,9 @@ def _clean(scratch: Path) -> None:
     if not scratch.is_dir():
         return
     for path in scratch.iterdir():
-        if path.name != EVIDENCE:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.name == EVIDENCE and any(path.iterdir()):
+            continue
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     if not any(scratch.iterdir()):
         scratch.rmdir()
 

@@ -190,6 +190,8 @@ def suspect(looks: Sequence[Look]) -> Look | None:
     stopped = [look for look in looks if look.stopped]
     if stopped:
         return stopped[0]
+    if not looks:
+        return None
     behind = min(looks, key=lambda look: (look.done, -look.seconds))
     if any((look.done, look.phase) != (behind.done, behind.phase) for look in looks):
         return behind

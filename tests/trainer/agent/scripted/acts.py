@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -89,14 +90,9 @@ def kill_itself(ctx, name):
     os.kill(os.getpid(), signal.Signals[name])
 
 
-def fill_scratch(ctx):
-    """Until no byte more can be written there."""
-    with (ctx.scratch / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
+def fill_the_disk(ctx):
+    """From now on this process can write no byte to any file, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
 def write(ctx, name):

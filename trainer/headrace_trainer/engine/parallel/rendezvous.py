@@ -11,17 +11,17 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from headrace_trainer import board
+from headrace_trainer.errors import PeersMissing
 
 _JOIN_VARIABLE = "HEADRACE_JOIN_SECONDS"
 _JOIN_SECONDS = 900.0
 """Until the slowest node has pulled its image and imported: pods of a gang do not start together."""
 _POLL_SECONDS = 0.1
 _TRY_SECONDS = 5.0
-_COUNT, _COMPLETE = "headrace/joined", "headrace/complete"
-
-
-class PeersMissing(RuntimeError):
-    """Ranks of the gang that did not come in time."""
+_TELL_SECONDS = 1.0
+_COUNT, _MISSING = "headrace/joined", "headrace/missing"
+_NOBODY = "nobody"
+_SHOWN = 8
 
 
 def meet(*, rank: int, world: int) -> dist.Store:
@@ -33,14 +33,12 @@ def meet(*, rank: int, world: int) -> dist.Store:
     if world == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
     seconds = float(os.environ.get(_JOIN_VARIABLE, _JOIN_SECONDS))
-    deadline = time.monotonic() + seconds
-    store = _serve(world) if rank == 0 else _connect(world, deadline=deadline, seconds=seconds)
+    store = _serve(world) if rank == 0 else _connect(world, seconds=seconds)
     store.set(f"headrace/{rank}", "here")
     store.add(_COUNT, 1)
-    while not _is_complete(store, rank=rank, world=world):
-        board.beat()
-        if time.monotonic() > deadline:
-            raise PeersMissing(f"{_missing(store, world)} did not join within {seconds:.0f} s: see how their pods are")
+    missing = _count(store, world, seconds=seconds) if rank == 0 else _hear(store)
+    if missing != _NOBODY:
+        raise PeersMissing(f"{missing} did not join within {seconds:.0f} s: see how their pods are")
     return store
 
 
@@ -54,8 +52,9 @@ def _serve(world: int) -> dist.TCPStore:
     )
 
 
-def _connect(world: int, *, deadline: float, seconds: float) -> dist.TCPStore:
+def _connect(world: int, *, seconds: float) -> dist.TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + seconds
     while True:
         board.beat()
         try:
@@ -73,21 +72,34 @@ def _connect(world: int, *, deadline: float, seconds: float) -> dist.TCPStore:
             time.sleep(_POLL_SECONDS)
 
 
-def _is_complete(store: dist.Store, *, rank: int, world: int) -> bool:
-    """Whether all have signed in: rank 0 counts, the others wait a while for it to say so."""
-    if rank == 0:
-        if store.add(_COUNT, 0) == world:
-            store.set(_COMPLETE, "yes")
-            return True
+def _count(store: dist.Store, world: int, *, seconds: float) -> str:
+    """Wait until all have signed in, and tell the others; who is missing."""
+    deadline, missing = time.monotonic() + seconds, _NOBODY
+    while store.add(_COUNT, 0) < world and missing == _NOBODY:
+        board.beat()
         time.sleep(_POLL_SECONDS)
-        return False
-    try:
-        store.wait([_COMPLETE], timedelta(seconds=_TRY_SECONDS))
-    except dist.DistStoreError:
-        return False
-    return True
+        if time.monotonic() > deadline:
+            missing = _name([r for r in range(world) if not store.check([f"headrace/{r}"])])
+    store.set(_MISSING, missing)
+    if missing != _NOBODY:
+        time.sleep(_TELL_SECONDS)  # the store ends with this process
+    return missing
 
 
-def _missing(store: dist.Store, world: int) -> str:
-    absent = [str(r) for r in range(world) if not store.check([f"headrace/{r}"])]
-    return f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(absent)}"
+def _name(absent: list[int]) -> str:
+    if not absent:
+        return _NOBODY
+    shown = ", ".join(map(str, absent[:_SHOWN]))
+    rest = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+    return f"rank {shown}" if len(absent) == 1 else f"ranks {shown}{rest}"
+
+
+def _hear(store: dist.Store) -> str:
+    """Wait for rank 0 to say who is missing. If it dies, so does the connection."""
+    while True:
+        board.beat()
+        try:
+            store.wait([_MISSING], timedelta(seconds=_TRY_SECONDS))
+            return store.get(_MISSING).decode()
+        except dist.DistStoreError:
+            continue
