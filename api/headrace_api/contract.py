@@ -6,6 +6,7 @@ In: ``stage.json`` is a ``ResolvedStage``. Out: ``Progress`` by HTTP while it ru
 import re
 from datetime import datetime
 from pathlib import PurePosixPath
+from typing import Any
 
 from pydantic import Field
 
@@ -53,13 +54,13 @@ class ResolvedStage(Spec):
 
     @property
     def digest(self) -> str:
-        """Of everything that was resolved but the attempt's number: where it differs, another attempt is wanted.
+        """Of everything that takes another attempt where it differs: not a server's replicas, which change in place.
 
         Defaults are left out, so that a version with more fields finds the same digest for the same manifest.
         """
-        named = {"attempt", "progress_url"}
+        apart: dict[str, Any] = {"attempt": True, "progress_url": True, "stage": {"deploy": {"replicas"}}}
         return canonical_digest(
-            self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude=named)
+            self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude=apart)
         )
 
 

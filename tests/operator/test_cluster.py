@@ -357,30 +357,54 @@ def server(**fields: Any) -> PodRecord:
     return make_pod(**{"owner": REPLICA_SET, **fields})
 
 
-def make_deployment(*, available: bool = False, stuck: bool = False, observed: int = 1, **meta: Any) -> Any:
+def make_deployment(
+    *,
+    available: bool = False,
+    stuck: bool = False,
+    refused: str = "",
+    updated: int = 1,
+    old: int = 0,
+    size: int = 1,
+    observed: int = 1,
+    asked: int | None = None,
+    **meta: Any,
+) -> Any:
     conditions = [{"type": "Available", "status": str(available), "lastTransitionTime": ago(5)}]
     if stuck:
         said = {"reason": "ProgressDeadlineExceeded", "message": "timed out"}
         conditions.append({"type": "Progressing", "status": "False", **said})
+    if refused:
+        conditions.append({"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": refused})
     ports = [{"name": "http", "containerPort": 8000}]
     template = {"spec": {"containers": [{"name": "trainer", "ports": ports}]}}
-    return deployment_record(
-        {
-            "metadata": {**metadata("demo--base", owner=RUN, **meta), "generation": 1},
-            "spec": {"template": template},
-            "status": {"observedGeneration": observed, "conditions": conditions},
-        }
-    )
+    named = {**metadata("demo--base", owner=RUN, **meta), "generation": 1}
+    if asked is not None:
+        named["annotations"] = {**named["annotations"], "headrace.dev/replicas": str(asked)}
+    counts = {"updatedReplicas": updated, "replicas": updated + old}
+    status = {"observedGeneration": observed, "conditions": conditions, **counts}
+    return deployment_record({"metadata": named, "spec": {"template": template, "replicas": size}, "status": status})
 
 
-def test_a_service_has_an_endpoint_while_it_is_available() -> None:
+def test_a_service_has_an_endpoint_while_its_own_servers_answer() -> None:
     (up,) = observe(make_deployment(available=True), server())
     assert up.state is AttemptState.RUNNING and up.progress is not None
     assert up.progress.endpoint == "http://demo--base.team.svc:8000"
-    (down,) = observe(make_deployment(), server(), report=report(endpoint="http://stale"))
-    assert down.state is AttemptState.PENDING and down.progress is not None and down.progress.endpoint is None
-    (old,) = observe(make_deployment(available=True, observed=0), server())
-    assert old.state is AttemptState.PENDING, "the status is about an earlier spec"
+
+
+SILENT: list[tuple[str, Any]] = [
+    ("no replica answers", make_deployment()),
+    ("what answers is of an earlier attempt", make_deployment(available=True, updated=1, old=1)),
+    ("nothing is of this attempt yet", make_deployment(available=True, updated=0, old=2)),
+    ("the status is about an earlier spec", make_deployment(available=True, observed=0)),
+    ("it was scaled to nothing before it ever answered", make_deployment(available=True, updated=0, size=0)),
+]
+
+
+@pytest.mark.parametrize("deployment", [s[1] for s in SILENT], ids=[s[0] for s in SILENT])
+def test_a_service_has_no_endpoint_while(deployment: Any) -> None:
+    (down,) = observe(deployment, server(), report=report(endpoint="http://stale"))
+    assert down.state is AttemptState.PENDING
+    assert down.progress is not None and down.progress.endpoint is None
 
 
 def test_a_service_fails_when_its_server_never_can_start() -> None:
@@ -390,9 +414,40 @@ def test_a_service_fails_when_its_server_never_can_start() -> None:
     assert attempt.outcome.reason == "BadModel"
     (young,) = observe(make_deployment(), server(**{**crashing, "restarts": 1}))
     assert young.state is AttemptState.PENDING
-    (late,) = observe(make_deployment(stuck=True), server())
+    (late,) = observe(make_deployment(stuck=True), server(exit_code=70, restarts=1))
     assert late.state is AttemptState.FAILED and late.outcome is not None
-    assert late.outcome.reason == "ProgressDeadlineExceeded"
+    assert late.outcome.fault is FaultClass.PROCESS
+
+
+SLOW: list[tuple[str, Any, list[PodRecord], str]] = [
+    ("its model is large", make_deployment(stuck=True), [server()], "ProgressDeadlineExceeded: timed out"),
+    (
+        "no node has room",
+        make_deployment(stuck=True),
+        [server(phase="Pending", unscheduled="0/4 nodes have a GPU")],
+        "Unschedulable: 0/4 nodes have a GPU",
+    ),
+    ("a quota is used up", make_deployment(refused="exceeded quota"), [], "FailedCreate: exceeded quota"),
+]
+
+
+@pytest.mark.parametrize(("deployment", "pods", "said"), [s[1:] for s in SLOW], ids=[s[0] for s in SLOW])
+def test_a_slow_start_waits_and_says_why(deployment: Any, pods: list[PodRecord], said: str) -> None:
+    (attempt,) = observe(deployment, *pods)
+    assert attempt.state is AttemptState.PENDING and attempt.held is not None
+    assert f"{attempt.held.reason}: {attempt.held.message}" == said
+    assert attempt.held.since is None, "it takes any time"
+
+
+def test_a_roll_over_says_who_answers_meanwhile() -> None:
+    (attempt,) = observe(make_deployment(available=True, updated=1, old=2, size=2))
+    assert attempt.missing == "1 of 2 servers are made; meanwhile 2 of an earlier attempt answer"
+
+
+def test_pods_of_an_earlier_attempt_of_a_service_are_another_attempt() -> None:
+    deployment = dataclasses.replace(make_deployment(available=True, updated=1, old=1), attempt=2)
+    old, new = observe(deployment, server(), dataclasses.replace(server(index=1), attempt=2, name="new"))
+    assert [(a.number, a.state) for a in (old, new)] == [(1, AttemptState.STOPPING), (2, AttemptState.PENDING)]
 
 
 def test_a_run_is_looked_at_again_when_a_pod_is_to_be_given_up() -> None:

@@ -75,11 +75,44 @@ class World:
             self.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32}))
         return self.pods_of(1, count=2, stage="base")
 
+    def start_server(self, **deploy: Any) -> list[Json]:
+        """A run that has come to its deploy stage; returns the server's pods."""
+        run = make_run(self.namespace, "corpus", "tok", "tokens", "base", "ship", "serve")
+        run["spec"]["stages"][5]["deploy"] = {**STAGES["serve"]["deploy"], **deploy}
+        self.plane.apply(run)
+        for stage in ("corpus", "tok", "tokens", "base", "ship"):
+            (pod,) = self.pods_of(1, count=1, stage=stage)
+            self.end_pod(pod, exit_code=0, last_words=json.dumps({"artifactDigest": "ab" * 32}))
+        return self.pods_of(1, count=deploy.get("replicas", 1), stage="serve")
+
+    def deployment(self) -> Json:
+        return dict(self.plane.get("-n", self.namespace, "deployment", "demo--serve"))
+
+    def server(self) -> Json:
+        """The container of the Deployment's template."""
+        return dict(self.deployment()["spec"]["template"]["spec"]["containers"][0])
+
+    def replicas(self) -> int:
+        return int(self.deployment()["spec"]["replicas"])
+
+    def edit(self, field: str, value: Any) -> None:
+        """Edit a field of the spec, by its JSON pointer; returns when the operator has planned with it."""
+        patch = json.dumps([{"op": "add", "path": f"/spec/{field}", "value": value}])
+        self.plane.kubectl("-n", self.namespace, "patch", "trainingrun", "demo", "--type=json", "-p", patch)
+        generation = self.run()["metadata"]["generation"]
+        self.eventually(lambda: self.status().get("observedGeneration") == generation)
+
+    def complete(self) -> bool:
+        conditions = self.status().get("conditions", [])
+        return any(c["type"] == "Complete" and c["status"] == "True" for c in conditions)
+
     def run_pod(self, pod: Json) -> None:
         """Write the status that a kubelet writes when a container runs."""
         started = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
         container = {"name": "trainer", "image": "trainer:test", "imageID": "", "ready": True, "restartCount": 0}
-        self.patch_pod(pod, {"phase": "Running", "containerStatuses": [{**container, "state": started}]})
+        ready = [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}]
+        container_status = {**container, "state": started}
+        self.patch_pod(pod, {"phase": "Running", "containerStatuses": [container_status], "conditions": ready})
 
     def end_pod(self, pod: Json, *, exit_code: int, last_words: str = "") -> None:
         """Write the status that a kubelet writes when a container ends."""
@@ -251,14 +284,19 @@ def test_a_new_operator_finds_nothing_to_change(world: World, operators: Any, op
     assert versions() == before
 
 
-def test_a_new_leader_that_would_build_it_otherwise_leaves_a_running_attempt_as_it_is(
-    world: World, operators: Any, operator: Any
+@pytest.mark.parametrize("kind", ["gang", "server"])
+def test_a_new_leader_that_would_build_it_otherwise_leaves_what_runs_as_it_is(
+    world: World, operators: Any, operator: Any, kind: str
 ) -> None:
-    world.start_gang()
-    world.eventually(lambda: "demo--base--1" in world.names("configmaps,services"))
+    if kind == "gang":
+        world.start_gang()
+        world.eventually(lambda: world.names("configmaps,services").count("demo--base--1") == 2)
+    else:
+        world.run_pod(world.start_server()[0])
+        world.eventually(world.complete)
 
     def versions() -> dict[str, str]:
-        found = world.objects("jobs,services,configmaps")
+        found = world.objects("jobs,deployments,services,configmaps")
         return {f"{o['kind']}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for o in found}
 
     before = versions()
@@ -266,10 +304,7 @@ def test_a_new_leader_that_would_build_it_otherwise_leaves_a_running_attempt_as_
     second = operators("second")  # at another address, which is in every stage.json that it writes
     world.eventually(second.leads)
     for budget in (20, 30):  # that the second edit was planned says that the first was carried out
-        edit = json.dumps({"spec": {"restartPolicy": {"maxInfraRestarts": budget}}})
-        world.plane.kubectl("-n", world.namespace, "patch", "trainingrun", "demo", "--type=merge", "-p", edit)
-        generation = world.run()["metadata"]["generation"]
-        world.eventually(lambda g=generation: world.status()["observedGeneration"] == g)
+        world.edit("restartPolicy", {"maxInfraRestarts": budget})
     assert versions() == before
 
 
@@ -287,14 +322,69 @@ def test_an_edit_of_compute_stops_the_gang_and_the_next_attempt_has_it(world: Wo
     ]
     with pytest.raises(AssertionError, match="immutable"):
         world.plane.kubectl(*config)
-    edit = json.dumps([{"op": "replace", "path": "/spec/stages/3/compute/nodes", "value": 1}])
-    world.plane.kubectl("-n", world.namespace, "patch", "trainingrun", "demo", "--type=json", "-p", edit)
+    world.edit("stages/3/compute/nodes", 1)
     world.pods_of(2, count=1, stage="base")
     world.eventually(lambda: "demo--base--1" not in world.names("jobs"))
     status = world.eventually(lambda: (s := world.status())["stages"][3]["attempt"] == 2 and s)
     generation = world.run()["metadata"]["generation"]
     assert (status["restarts"], status["observedGeneration"]) == (0, generation)
     assert status["stages"][3]["generation"] == generation
+
+
+def test_an_autoscalers_replicas_are_kept_until_the_manifest_asks_for_others(world: World) -> None:
+    world.start_server(replicas=2)
+    assert world.replicas() == 2
+    uid = world.deployment()["metadata"]["uid"]
+    scaler = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler"}
+    scaler["metadata"] = {"name": "serve", "namespace": world.namespace}
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "demo--serve"}
+    cpu = {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 50}}
+    metric = {"type": "Resource", "resource": cpu}
+    scaler["spec"] = {"scaleTargetRef": target, "minReplicas": 5, "maxReplicas": 9, "metrics": [metric]}
+    world.plane.apply(scaler)
+    world.eventually(lambda: world.replicas() == 5, timeout_seconds=60)
+    world.edit("stages/5/compute", {"memory": "1Gi"})  # another attempt, which is applied to the same Deployment
+    world.eventually(lambda: world.deployment()["metadata"]["labels"]["headrace.dev/attempt"] == "2")
+    assert world.server()["resources"]["limits"] == {"memory": str(2**30)}
+    assert world.replicas() == 5
+    world.edit("stages/5/deploy/replicas", 7)
+    world.eventually(lambda: world.replicas() == 7)
+    world.edit("stages/5/compute", {})
+    world.eventually(lambda: world.deployment()["metadata"]["labels"]["headrace.dev/attempt"] == "3")
+    assert (world.replicas(), world.deployment()["metadata"]["uid"]) == (7, uid)
+    assert world.server().get("resources", {}) == {}, "what is no longer asked for is taken away"
+
+
+def test_a_change_of_replicas_touches_nothing_but_their_number(world: World) -> None:
+    (pod,) = world.start_server()
+    before = world.deployment()
+    world.edit("stages/5/deploy/replicas", 3)
+    pods = world.pods_of(1, count=3, stage="serve")
+    after = world.deployment()
+    assert after["spec"] == {**before["spec"], "replicas": 3}
+    assert pod["metadata"]["uid"] in {p["metadata"]["uid"] for p in pods}
+    assert world.status()["stages"][5]["attempt"] == 1
+
+
+def test_an_old_server_stays_up_until_the_new_model_is_served(world: World) -> None:
+    (old,) = world.start_server()
+    world.run_pod(old)
+    world.eventually(world.complete)
+    endpoint = f"http://demo--serve.{world.namespace}.svc:8000"
+    assert world.status()["endpoint"] == endpoint
+    world.edit("stages/4/export", {"from": {"model": "base"}, "dtype": "bf16"})
+    (export,) = world.pods_of(2, count=1, stage="ship")
+    assert not world.complete() and world.status()["endpoint"] == endpoint
+    assert [p["metadata"]["uid"] for p in world.pods(1, "serve")] == [old["metadata"]["uid"]]
+    world.end_pod(export, exit_code=0, last_words=json.dumps({"artifactDigest": "cd" * 32}))
+    (new,) = world.pods_of(2, count=1, stage="serve")
+    world.eventually(lambda: "meanwhile 1 of an earlier attempt" in world.status().get("phaseMessage", ""))
+    assert not world.complete() and world.pods(1, "serve") != []
+    assert {"demo--serve--1", "demo--serve--2"} <= set(world.names("configmaps"))
+    world.run_pod(new)
+    world.eventually(world.complete)
+    world.eventually(lambda: world.pods(1, "serve") == [])
+    assert world.status()["restarts"] == 0
 
 
 def test_when_the_leader_dies_another_takes_over_and_only_then(world: World, operators: Any, operator: Any) -> None:

@@ -287,6 +287,4 @@ def test_a_server_that_failed_for_good_is_taken_down():
         it.end(succeeded(digest))
     it.end(failed(FaultClass.USER, message="no such engine"))
     assert it.run.status.condition(ConditionType.FAILED)
-    decided = it.step()
-    assert [(k.stage, k.number) for k in decided.stop] == [("serve", 1)]
-    assert decided.start == ()
+    assert (it.stopped(), it.started()) == ([("serve", 1)], [])

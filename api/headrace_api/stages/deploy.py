@@ -1,10 +1,11 @@
 """The deploy stage: an exported model -> an OpenAI-compatible endpoint that has answered once before it is called ready."""
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from headrace_api.base import Part
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 
@@ -35,7 +36,7 @@ class Deploy(StageConfig):
     """from names the exported model."""
     engine: Engine = Engine.TRANSFORMERS
     """engine is the server: transformers runs on CPUs, vllm on GPU pools."""
-    replicas: int = Field(1, ge=1, le=1000)
-    """replicas is the number of servers; a local run has one."""
+    replicas: Annotated[int, Part.EXECUTION] = Field(1, ge=1, le=1000)
+    """replicas is the number of servers to begin with; a change is applied in place, and an autoscaler's is kept. A local run has one."""
     port: int = Field(8000, ge=1024, le=65535)
     """port is where the endpoint listens; a local run takes the next free one."""

@@ -15,11 +15,11 @@ from headrace_api.runtime import TrainingRuntime
 from headrace_api.stages import RunsAs
 from headrace_operator.body.build import Objects, build, owned
 from headrace_operator.body.build.names import DIGEST_ANNOTATION
-from headrace_operator.body.caches import Cluster, RunKey
+from headrace_operator.body.caches import Cache, Cluster, R, RunKey
 from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, Raw, path, path_of
 from headrace_operator.body.outcomes import NameTaken
 from headrace_operator.body.queue import Retry
-from headrace_operator.body.records import JobRecord, deployment_record, job_record
+from headrace_operator.body.records import DeploymentRecord, Record, deployment_record, job_record
 from headrace_operator.body.runs import Runs, key_of
 from headrace_operator.brain.plan import AttemptKey, Event
 from headrace_operator.metrics import WRITES
@@ -55,8 +55,8 @@ class Writer:
             await self._start_job(resolved, runtime)
 
     async def _start_job(self, resolved: ResolvedStage, runtime: TrainingRuntime) -> None:
-        known = self._known_job(resolved)
-        if known is not None and known.deleted_at is None and known.uid in self._whole[_key(resolved)]:
+        known = self._known(self._cluster.jobs, resolved)
+        if known is not None and self._is_whole(resolved, known):
             return
         objects = build(resolved, runtime)
         if known is not None and known.name != objects.workload["metadata"]["name"]:
@@ -64,34 +64,60 @@ class Writer:
         await self._ensure(objects.account, owner=resolved.run_uid)
         created = await self._ensure(objects.workload, owner=resolved.run_uid)
         self._cluster.jobs.put(job_record(created))
-        await self._complete(resolved, objects, created)
-
-    def _known_job(self, resolved: ResolvedStage) -> JobRecord | None:
-        """The Job of an attempt: by what it says of itself, since another version may have named it otherwise."""
-        wanted = (resolved.stage.name, resolved.attempt, resolved.run_uid)
-        of_run = self._cluster.jobs.of_run(_key(resolved))
-        return next((j for j in of_run if (j.stage, j.attempt, j.owner) == wanted), None)
+        for dependent in objects.dependents:
+            await self._ensure(
+                _owned(dependent, by=objects.workload, as_stored=created), owner=created["metadata"]["uid"]
+            )
+        self._whole[_key(resolved)].add(created["metadata"]["uid"])
 
     async def _start_service(self, resolved: ResolvedStage, objects: Objects) -> None:
-        """A Deployment is applied again when another one is wanted: another attempt, or a changed runtime."""
-        wanted = objects.workload
-        known = self._cluster.deployments.get(resolved.namespace, wanted["metadata"]["name"])
-        same = known is not None and known.digest == wanted["metadata"]["annotations"][DIGEST_ANNOTATION]
-        if known is not None and same and known.uid in self._whole[_key(resolved)] and known.deleted_at is None:
-            return
-        await self._ensure(objects.account, owner=resolved.run_uid)
-        await self._check_owner(wanted, owner=resolved.run_uid)
-        applied = await self._apply(wanted)
-        self._cluster.deployments.put(deployment_record(applied))
-        await self._complete(resolved, objects, applied)
+        """A Deployment is applied when it is not there, for another attempt, or for a changed runtime, and never else."""
+        digest = objects.workload["metadata"]["annotations"][DIGEST_ANNOTATION]
+        known = self._known(self._cluster.deployments, resolved)
+        asked = known is not None and known.digest == digest
+        if known is None or not asked or not self._is_whole(resolved, known):
+            known = await self._apply_service(resolved, objects, as_asked=asked)
+        if objects.scale is not None and known.asked != objects.scale["spec"]["replicas"]:
+            await self._scale(known, objects.scale)
 
-    async def _complete(self, resolved: ResolvedStage, objects: Objects, workload: Raw) -> None:
-        """Make what belongs to a workload exist. What exists is of the attempt as it was started, and is left alone."""
-        uid = workload["metadata"]["uid"]
-        for dependent in objects.dependents:
-            wanted = owned(dependent, by={**workload, "apiVersion": objects.workload["apiVersion"]})
-            await self._ensure(wanted, owner=uid)
-        self._whole[_key(resolved)].add(uid)
+    async def _apply_service(self, resolved: ResolvedStage, objects: Objects, *, as_asked: bool) -> DeploymentRecord:
+        """Make a service's objects exist. A new attempt's ConfigMap comes before the pods that mount it, if it can."""
+        await self._ensure(objects.account, owner=resolved.run_uid)
+        stored = await self._check_owner(objects.workload, owner=resolved.run_uid)
+        if stored is not None:
+            await self._ensure_config(objects, stored)
+        if stored is None or not as_asked:
+            stored = await self._apply(objects.workload)
+            await self._ensure_config(objects, stored)
+        uid, service = stored["metadata"]["uid"], _owned(objects.service, by=objects.workload, as_stored=stored)
+        await self._ensure(service, owner=uid)
+        if not as_asked:
+            await self._apply(service)
+        record = deployment_record(stored)
+        self._cluster.deployments.put(record)
+        self._whole[_key(resolved)].add(record.uid)
+        return record
+
+    async def _ensure_config(self, objects: Objects, stored: Raw) -> None:
+        config = _owned(objects.config, by=objects.workload, as_stored=stored)
+        await self._ensure(config, owner=stored["metadata"]["uid"])
+
+    async def _scale(self, known: DeploymentRecord, scale: Raw) -> None:
+        """Ask for other replicas. Not by apply: what is applied once and left out later is taken away."""
+        WRITES.labels(verb="patch", kind="Deployment").inc()
+        address = path("Deployment", namespace=known.namespace, name=known.name)
+        query, merge = {"fieldManager": FIELD_MANAGER}, "application/merge-patch+json"
+        answer = await self._kube.request("PATCH", address, body=scale, query=query, content_type=merge)
+        self._cluster.deployments.put(deployment_record(answer))
+
+    def _known(self, cache: Cache[R], resolved: ResolvedStage) -> R | None:
+        """The workload of an attempt: by what it says of itself, since another version may have named it otherwise."""
+        wanted = (resolved.stage.name, resolved.attempt, resolved.run_uid)
+        of_run = cache.of_run(_key(resolved))
+        return next((w for w in of_run if (w.stage, w.attempt, w.owner) == wanted), None)
+
+    def _is_whole(self, resolved: ResolvedStage, known: Record) -> bool:
+        return known.uid in self._whole[_key(resolved)] and known.deleted_at is None
 
     async def _ensure(self, obj: Raw, *, owner: str) -> Raw:
         """Create an object; one that exists must have the same owner, and is left as it is."""
@@ -185,6 +211,11 @@ def status_delay(stored: dict[str, Any], wanted: dict[str, Any], *, seconds_sinc
     if changed - _PROGRESS_FIELDS:
         return 0.0
     return max(0.0, PROGRESS_SECONDS - seconds_since_write)
+
+
+def _owned(obj: Raw, *, by: Raw, as_stored: Raw) -> Raw:
+    """An object with an ownerReference to a workload, which the API server answers with, but for its apiVersion."""
+    return owned(obj, by={**as_stored, "kind": by["kind"], "apiVersion": by["apiVersion"]})
 
 
 def _key(resolved: ResolvedStage) -> RunKey:

@@ -10,7 +10,6 @@ from datetime import datetime, timedelta
 
 from headrace_api.contract import Progress
 from headrace_api.faults import FaultClass, Outcome, classify
-from headrace_operator.body.build.service import endpoint
 from headrace_operator.body.outcomes import explain_failure, explain_success, last_words
 from headrace_operator.body.records import DeploymentRecord, JobRecord, PodRecord
 from headrace_operator.brain.observed import Attempt, AttemptState, Held
@@ -93,10 +92,12 @@ def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt
     if deployment is not None:
         state, outcome = service_state(deployment, pods)
         report = _service_report(deployment, report)
+        holds, lacks = _held_service(deployment, pods), _missing_servers(deployment)
     elif job is None and not live and not any(pod.ended for pod in pods):
         return None
     else:
         state, outcome = job_state(job, pods, live)
+        holds, lacks = held(pods), missing(job, pods) if job is not None else ""
     made_for = next(record for record in (job, deployment, *pods) if record is not None)
     return Attempt(
         stage=parts.stage,
@@ -107,8 +108,8 @@ def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt
         state=state,
         outcome=outcome,
         progress=report,
-        held=held(pods) if state is AttemptState.PENDING else None,
-        missing=missing(job, pods) if state is AttemptState.PENDING and job is not None else "",
+        held=holds if state is AttemptState.PENDING else None,
+        missing=lacks if state is AttemptState.PENDING else "",
     )
 
 
@@ -163,27 +164,51 @@ def is_gone(pod: PodRecord) -> bool:
     return pod.deleted_at is not None and not pod.ended
 
 
+def is_serving(deployment: DeploymentRecord) -> bool:
+    """Whether the servers of its newest attempt answer, and no older ones instead of them."""
+    return deployment.available_since is not None and deployment.updated > 0 and deployment.old <= 0
+
+
 def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tuple[AttemptState, Outcome | None]:
-    """Where a service's attempt is: it fails if its server says that it never can start, or by its deadline."""
+    """Where a service's attempt is.
+
+    It fails if its server says that it never can start, or goes on crashing past the Deployment's deadline. One that is
+    only slow, because no node has room or its model is large, is waited for.
+    """
     if deployment.deleted_at is not None:
         return AttemptState.STOPPING, None
-    if deployment.available_since is not None:
+    if is_serving(deployment):
         return AttemptState.RUNNING, None
     ends = [outcome for pod in pods if pod.restarts >= _SERVICE_RESTARTS and (outcome := last_words(pod)) is not None]
     hopeless = next((outcome for outcome in ends if outcome.fault is FaultClass.USER), None)
     if hopeless is not None:
         return AttemptState.FAILED, hopeless
-    if deployment.stuck:
+    if deployment.stuck and any(pod.restarts for pod in pods):
         late = Outcome(fault=FaultClass.PROCESS, reason="ProgressDeadlineExceeded", message=deployment.stuck)
         return AttemptState.FAILED, explain_failure(pods) or late
     return AttemptState.PENDING, None
 
 
+def _held_service(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> Held | None:
+    by_pods = held(pods)
+    if by_pods is not None:
+        return by_pods
+    if deployment.refused:
+        return Held(reason="FailedCreate", message=deployment.refused)
+    return Held(reason="ProgressDeadlineExceeded", message=deployment.stuck) if deployment.stuck else None
+
+
+def _missing_servers(deployment: DeploymentRecord) -> str:
+    made = f"{deployment.updated} of {deployment.size} servers are made"
+    return f"{made}; meanwhile {deployment.old} of an earlier attempt answer" if deployment.old > 0 else made
+
+
 def _service_report(deployment: DeploymentRecord, report: Progress | None) -> Progress | None:
-    """A service has an endpoint while its Deployment is available, whatever its pods report."""
-    since, stage = deployment.available_since, deployment.stage
-    if since is None:
+    """A service has an endpoint while its own servers answer, whatever its pods report."""
+    if deployment.available_since is None or not is_serving(deployment):
         return report.model_copy(update={"endpoint": None}) if report is not None else None
-    address = endpoint(deployment.run, stage, namespace=deployment.namespace, port=deployment.port)
-    base = report or Progress(stage=stage, attempt=deployment.attempt, unit="replicas", time=since)
+    address = f"http://{deployment.name}.{deployment.namespace}.svc:{deployment.port}"
+    base = report or Progress(
+        stage=deployment.stage, attempt=deployment.attempt, unit="replicas", time=deployment.available_since
+    )
     return base.model_copy(update={"phase": "Serving", "endpoint": address})

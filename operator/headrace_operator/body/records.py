@@ -13,6 +13,7 @@ from headrace_operator.body.build.names import (
     DIGEST_ANNOTATION,
     HASH_ANNOTATION,
     INDEX_LABEL,
+    REPLICAS_ANNOTATION,
     RESOLVED_ANNOTATION,
     RUN_LABEL,
     RUN_UID_LABEL,
@@ -67,10 +68,20 @@ class DeploymentRecord(Record):
 
     digest: str
     """Of what was applied."""
+    asked: int
+    """Replicas that the manifest last asked for."""
+    size: int
+    """Replicas that it wants, whoever asked for them."""
+    updated: int
+    """Pods of the newest template."""
+    old: int
+    """Pods of older ones, which still answer."""
     available_since: datetime | None
-    """Since when enough replicas answer; None while they do not."""
+    """Since when enough replicas answer, old ones included; None while they do not."""
     stuck: str
-    """Why the roll-out will not end by itself; empty while it may."""
+    """Why the roll-out does not go on, in Kubernetes' words; empty while it does."""
+    refused: str
+    """Why its pods are not made; empty if they are."""
     port: int
 
 
@@ -116,16 +127,22 @@ def job_record(raw: Raw) -> JobRecord:
 
 def deployment_record(raw: Raw) -> DeploymentRecord:
     """A Deployment, cut down; a status that is about an older spec says nothing."""
-    status = raw.get("status", {})
-    current = status.get("observedGeneration") == raw["metadata"].get("generation")
+    status, meta = raw.get("status", {}), raw["metadata"]
+    current = status.get("observedGeneration") == meta.get("generation")
     conditions = {c["type"]: c for c in status.get("conditions", [])} if current else {}
     available, progressing = conditions.get("Available", {}), conditions.get("Progressing", {})
-    stuck = progressing.get("reason") == "ProgressDeadlineExceeded"
+    failure = conditions.get("ReplicaFailure", {})
+    updated = status.get("updatedReplicas", 0) if current else 0
     return DeploymentRecord(
         **_common(raw),
-        digest=raw["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION, ""),
+        digest=meta.get("annotations", {}).get(DIGEST_ANNOTATION, ""),
+        asked=int(meta.get("annotations", {}).get(REPLICAS_ANNOTATION, 1)),
+        size=raw["spec"].get("replicas", 1),
+        updated=updated,
+        old=status.get("replicas", 0) - updated,
         available_since=_time(available.get("lastTransitionTime")) if available.get("status") == "True" else None,
-        stuck=str(progressing.get("message", "")) if stuck else "",
+        stuck=str(progressing.get("message", "")) if progressing.get("reason") == "ProgressDeadlineExceeded" else "",
+        refused=str(failure.get("message", "")) if failure.get("status") == "True" else "",
         port=_http_port(raw),
     )
 

@@ -12,9 +12,10 @@ from headrace_api.contract import ResolvedStage
 from headrace_api.people import people_count
 from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
 from headrace_operator.brain.active_time import account
+from headrace_operator.brain.decision import StagePlan
 from headrace_operator.brain.observed import LIVE, Attempt, Observed
 from headrace_operator.brain.report import report
-from headrace_operator.brain.stage_plan import StagePlan, plan_stage
+from headrace_operator.brain.stage_plan import plan_stage
 
 _KEPT_ATTEMPTS = 3
 """Finished attempts whose objects, and so whose logs, are kept for each stage."""

@@ -35,7 +35,7 @@ def report(
     """
     current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
     progress = _progress_of(observed, current)
-    note = notes[current.name] if current is not None else ""
+    note = notes[current.name] if current is not None else next(filter(None, notes.values()), "")
     # A copy: what a newer operator left in the last status stays there.
     return run.status.model_copy(
         update={
@@ -110,7 +110,7 @@ def _columns(
     """Step, progress, loss and their like; kept from the last status while a new attempt has not reported yet."""
     before, said = run.status, note[:_LONGEST_NOTE] or None
     if progress is None and current is None:
-        return {**_NO_COLUMNS, "loss": before.loss}
+        return {**_NO_COLUMNS, "loss": before.loss, "phase_message": said}
     if progress is None:
         kept = {"step": before.step, "progress": before.progress, "loss": before.loss}
         same = current is not None and before.stage == current.name

@@ -20,7 +20,7 @@ from headrace_operator.body.build.names import (
     reference,
     run_reference,
 )
-from headrace_operator.body.build.service import cluster_service, deployment
+from headrace_operator.body.build.service import cluster_service, deployment, scale
 
 Raw = dict[str, Any]
 
@@ -33,21 +33,29 @@ class Objects:
     """The ServiceAccount of all the run's pods; without it no pod is admitted, so it comes first."""
     workload: Raw
     """The Job or Deployment."""
-    dependents: tuple[Raw, ...]
-    """What goes when the workload goes. They carry no ownerReference yet: ``owned`` adds it."""
+    config: Raw
+    """The ConfigMap with stage.json."""
+    service: Raw
+    """The Service. Neither has an ownerReference yet, with which it goes when the workload goes: ``owned`` adds it."""
+    scale: Raw | None = None
+    """For a Deployment, a merge patch that makes it as many replicas as the manifest asks for."""
+
+    @property
+    def dependents(self) -> tuple[Raw, Raw]:
+        """What goes when the workload goes."""
+        return self.config, self.service
 
 
 def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
     """The objects of an attempt."""
-    pool = runtime.spec.trainer
-    if resolved.stage.config.RUNS_AS is RunsAs.SERVICE:
-        workload, service = deployment(resolved, pool), cluster_service(resolved)
-        asked = [resolved.digest, resolved.attempt, pool.model_dump(mode="json", exclude_defaults=True)]
-        workload["metadata"]["annotations"][DIGEST_ANNOTATION] = canonical_digest(asked)
-    else:
+    pool, account, config = runtime.spec.trainer, _account(resolved), _config(resolved)
+    if resolved.stage.config.RUNS_AS is not RunsAs.SERVICE:
         workload, service = job(resolved, pool), headless_service(resolved)
-    config = _config(resolved)
-    return Objects(account=_account(resolved), workload=workload, dependents=(config, service))
+        return Objects(account=account, workload=workload, config=config, service=service)
+    workload, service = deployment(resolved, pool), cluster_service(resolved)
+    asked = [resolved.digest, resolved.attempt, pool.model_dump(mode="json", exclude_defaults=True)]
+    workload["metadata"]["annotations"][DIGEST_ANNOTATION] = canonical_digest(asked)
+    return Objects(account=account, workload=workload, config=config, service=service, scale=scale(resolved))
 
 
 def owned(obj: Raw, *, by: Raw) -> Raw:

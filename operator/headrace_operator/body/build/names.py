@@ -15,6 +15,9 @@ RESOLVED_ANNOTATION = f"{GROUP}/resolved"
 DIGEST_ANNOTATION = f"{GROUP}/digest"
 """On Deployments, of what was asked for: the attempt and the runtime. Another one means that it has to be applied again;
 the same one that it need not, even if a newer operator would build it otherwise."""
+REPLICAS_ANNOTATION = f"{GROUP}/replicas"
+"""On Deployments, how many replicas the manifest last asked for. Only a change of that is applied: between two of them
+spec.replicas is an autoscaler's, or whoever's."""
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 

@@ -6,6 +6,7 @@ from headrace_api.contract import ResolvedStage, service_name
 from headrace_api.runtime import Pool
 from headrace_api.stages import Deploy
 from headrace_operator.body.build.names import (
+    REPLICAS_ANNOTATION,
     RUN_LABEL,
     STAGE_LABEL,
     attempt_name,
@@ -16,7 +17,7 @@ from headrace_operator.body.build.pod import CONTAINER, pod_template
 
 
 def deployment(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
-    """Replicas of one server."""
+    """One server; ``scale`` makes it several. Without spec.replicas, since what is applied is owned."""
     deploy = _deploy(resolved)
     name = service_name(resolved.run, resolved.stage.name)
     config = attempt_name(resolved.run, resolved.stage.name, resolved.attempt)
@@ -26,10 +27,18 @@ def deployment(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
         "kind": "Deployment",
         "metadata": {**metadata(resolved, name), "ownerReferences": [run_reference(resolved)]},
         "spec": {
-            "replicas": deploy.replicas,
             "selector": {"matchLabels": _selector(resolved)},
             "template": template,
         },
+    }
+
+
+def scale(resolved: ResolvedStage) -> dict[str, Any]:
+    """A merge patch that asks for the manifest's replicas."""
+    replicas = _deploy(resolved).replicas
+    return {
+        "metadata": {"annotations": {REPLICAS_ANNOTATION: str(replicas)}},
+        "spec": {"replicas": replicas},
     }
 
 
@@ -45,11 +54,6 @@ def cluster_service(resolved: ResolvedStage) -> dict[str, Any]:
             "ports": [{"name": "http", "port": _deploy(resolved).port, "targetPort": "http", "protocol": "TCP"}],
         },
     }
-
-
-def endpoint(run: str, stage: str, *, namespace: str, port: int) -> str:
-    """Where a deployed model answers inside the cluster."""
-    return f"http://{service_name(run, stage)}.{namespace}.svc:{port}"
 
 
 def _deploy(resolved: ResolvedStage) -> Deploy:
