@@ -8,7 +8,6 @@ at its end an ``Outcome``, from which the agent makes the pod's termination mess
 import contextlib
 import errno
 import faulthandler
-import fcntl
 import importlib
 import logging
 import os
@@ -16,7 +15,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +25,7 @@ from headrace_api.faults import ExitCode, Outcome
 from headrace_api.stages import StageConfig
 from headrace_trainer import artifacts, board
 from headrace_trainer.errors import PeersMissing, Stopped, StorageError, UserError, fault_of
+from headrace_trainer.locks import locked
 from headrace_trainer.processes import die_with_parent, let_stacks_be_read, name_process
 from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
@@ -35,7 +34,6 @@ EVIDENCE = "evidence"
 """The folder below the scratch folder for what explains a hang; it outlives the attempt."""
 STACK_SIGNAL = signal.SIGUSR1
 """Makes a rank write the stacks of its threads into its ``stacks_file``."""
-_LOCK_SECONDS = 0.2
 
 log = logging.getLogger("headrace")
 
@@ -86,7 +84,7 @@ class StageContext:
         folder.mkdir(parents=True, exist_ok=True)
         if not done.exists():
             self.report(phase="Loading", message=f"reading the {slot}")
-        with _locked(self.scratch / "inputs" / f"{slot}.lock"):
+        with locked(self.scratch / "inputs" / f"{slot}.lock"):
             if not done.exists():
                 path = artifacts.fetch(open_uri(ref.uri, self.resolved.storage), ref, into=folder)
                 write_atomically(done, str(path))
@@ -106,20 +104,6 @@ class StageContext:
             stage, attempt = self.resolved.stage.name, self.resolved.attempt
             progress = Progress(stage=stage, attempt=attempt, time=datetime.now(UTC), **fields)
             self.slot.report(progress.model_dump_json(by_alias=True))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file. Whoever waits for it beats: it is the holder that may hang."""
-    with path.open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                board.beat()
-                time.sleep(_LOCK_SECONDS)
-        yield
 
 
 def write_atomically(path: Path, text: str) -> None:

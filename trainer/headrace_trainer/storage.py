@@ -5,6 +5,7 @@ a ``StorageError`` that names the address and the remedy.
 """
 
 import errno
+import functools
 import os
 import shutil
 import uuid
@@ -156,7 +157,17 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str, *, endpoint: str | None, region: str | None) -> None:
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client = _s3_client(endpoint, region)
+        self._connect = functools.partial(_s3_client, endpoint, region)
+        self._connected = os.getpid(), self._connect()
+
+    @property
+    def _client(self) -> "S3Client":
+        """A client of this process: a fork must not speak over connections that it shares with its parent."""
+        pid, client = self._connected
+        if pid != os.getpid():
+            client = self._connect()
+            self._connected = os.getpid(), client
+        return client
 
     def put_file(self, key: str, path: Path) -> None:
         with _as_storage_errors(f"{self.uri}/{key}"):

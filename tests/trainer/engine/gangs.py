@@ -55,8 +55,15 @@ class Run:
     overrides: dict[str, Any] = field(default_factory=dict)
     die_at: int | None = None
     """The last rank kills itself while it reads the batch of this step (counted from 0)."""
-    die_in_upload: int | None = None
-    """Rank 0 kills itself when it has uploaded one file of the checkpoint of this step."""
+    die_before: str | None = None
+    """Rank 0 is killed before a key that ends like this is stored."""
+    die_after: str | None = None
+    """Rank 0 is killed when a key that ends like this was stored."""
+    writer_dies_before: str | None = None
+    """What stores a key that ends like this on rank 0 is killed before."""
+    held: str | None = None
+    """Storing a key that ends like this on rank 0 lasts until the batch of step ``released_at`` is read."""
+    released_at: int = 0
     stop_at: int | None = None
     """The last rank is asked to stop while it reads the batch of this step."""
     full_at: int | None = None
@@ -252,8 +259,8 @@ def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callab
     training = Synthetic(run, at=_trouble(run, ctx, is_last=rank == world - 1))
     with join_gang(axes, rank=rank, local_rank=local_rank, local_world=local_world, seed=run.seed) as ranks:
         loop = build_loop(ctx, ranks, card, training=training, validation=Synthetic(run, offset=1))
-        if run.die_in_upload is not None and rank == 0:
-            ctx.store.put_file = _fatal_put(ctx.store.put_file, step=run.die_in_upload)  # type: ignore[method-assign]
+        if rank == 0:
+            _trouble_in_storage(run, ctx.store)
         return work(loop, ctx, card)
 
 
@@ -263,16 +270,33 @@ def _trouble(run: Run, ctx: Any, *, is_last: bool) -> Callable[[int], None]:
             os.kill(os.getpid(), signal.SIGKILL)
         if is_last and run.stop_at is not None and index >= run.stop_at * BATCH:
             (ctx.scratch / "stop").touch()
+        if run.held is not None and index >= run.released_at * BATCH:
+            (run.folder / "released").touch()
         if is_last and run.full_at is not None and index >= run.full_at * BATCH:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     return at
 
 
-def _fatal_put(put: Callable[..., None], *, step: int) -> Callable[..., None]:
-    def put_file(key: str, path: Path) -> None:
-        put(key, path)
-        if f"step-{step:08d}" in key:
-            os.kill(os.getpid(), signal.SIGKILL)
+def _trouble_in_storage(run: Run, store: Any) -> None:
+    rank = os.getpid()
 
-    return put_file
+    def kill(pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(60)  # the fork of a rank that is dead dies too
+
+    def wrapped(put: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+        def put_in_trouble(key: str, content: Any) -> None:
+            while run.held is not None and key.endswith(run.held) and not (run.folder / "released").exists():
+                time.sleep(0.05)
+            if run.die_before is not None and key.endswith(run.die_before):
+                kill(rank)
+            if run.writer_dies_before is not None and key.endswith(run.writer_dies_before):
+                kill(os.getpid())
+            put(key, content)
+            if run.die_after is not None and key.endswith(run.die_after):
+                kill(rank)
+
+        return put_in_trouble
+
+    store.put_file, store.put_bytes = wrapped(store.put_file), wrapped(store.put_bytes)

@@ -113,7 +113,7 @@ def test_none_that_is_whole_is_a_storage_error(tmp_path: Path) -> None:
     ended = train(run, TP2)
     assert [e.error for e in ended] == ["StorageError", "StorageError"]
     assert "none of the 2 committed checkpoints can be loaded" in ended[1].message
-    assert "a file's digest is not the one in the manifest" in ended[1].message
+    assert "__0_0.distcp: its digest is not the one in the manifest" in ended[1].message
 
 
 @pytest.mark.parametrize(

@@ -36,3 +36,11 @@ def test_a_full_disk_is_a_storage_error_on_every_rank(tmp_path: Path) -> None:
     assert "rank 1: " in ended[0].message
     assert "check that the scratch volume has space" in ended[0].message
     assert not list((tmp_path / "storage").rglob("checkpoint.json"))
+
+
+def test_a_writer_that_is_killed_is_a_storage_error_on_every_rank(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path, steps=8, every=4, writer_dies_before="step-00000004-a1/__0_0.distcp")
+    ended = train(run, TP2)
+    assert [e.error for e in ended] == ["StorageError", "StorageError"]
+    assert "a checkpoint's writer ended with exit code -9" in ended[1].message
+    assert not list((tmp_path / "storage").rglob("checkpoint.json"))

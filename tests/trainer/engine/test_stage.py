@@ -48,7 +48,9 @@ def shards(storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Artifa
     return finish(make_context(folder, kind="shards", config=config, storage=storage, inputs=inputs))
 
 
-def resolved(storage: Storage, shards: ArtifactRef, *, attempt: int, name: str = "base") -> ResolvedStage:
+def resolved(
+    storage: Storage, shards: ArtifactRef, *, attempt: int, name: str = "base", **parallelism: int
+) -> ResolvedStage:
     shape = {"layers": 2, "hiddenSize": 32, "heads": 4, "kvHeads": 2, "ffnHiddenSize": 64}
     pretrain = {
         "from": {"shards": "shards"},
@@ -57,7 +59,7 @@ def resolved(storage: Storage, shards: ArtifactRef, *, attempt: int, name: str =
         "sequenceLength": 32,
         "globalBatchSize": 8,
         "precision": "fp32",
-        "parallelism": {"tensor": 2},
+        "parallelism": parallelism or {"tensor": 2},
         "schedule": {"learningRate": 1e-2},
         "checkpoint": {"every": 5},
         "validation": {"samples": 4},
@@ -92,9 +94,15 @@ def run_node(rank: int, world: int, stage: ResolvedStage, folder: Path, stop: bo
             raise StorageError(f"{key}: 503 slow down")
         put_file(key, path)
 
-    ctx.store.put_file = put_or_fail  # type: ignore[method-assign]
+    get_file, fetched = ctx.store.get_file, []
+
+    def get_and_tell(key: str, path: Path) -> None:
+        fetched.append(key.rpartition("/")[2])
+        get_file(key, path)
+
+    ctx.store.put_file, ctx.store.get_file = put_or_fail, get_and_tell  # type: ignore[method-assign]
     outcome = run_stage(ctx)
-    return outcome, sorted(p.name for p in scratch.iterdir())
+    return outcome, sorted(fetched)
 
 
 def test_two_nodes_train_stop_resume_and_commit(tmp_path: Path, storage: Storage, shards: ArtifactRef) -> None:
@@ -141,3 +149,17 @@ def test_an_upload_that_failed_is_repeated_and_nothing_is_trained_again(
     assert metrics["steps"] == 12
     assert metrics["validationLoss"] > 0
     assert "tokensPerSecond" not in metrics  # no step was run
+
+
+@pytest.mark.parametrize("parallelism", [{"pipeline": 2}, {"tensor": 1}], ids=["PP2", "DP2"])
+def test_a_node_fetches_only_the_files_that_its_ranks_read(
+    tmp_path: Path, storage: Storage, shards: ArtifactRef, parallelism: dict[str, int]
+) -> None:
+    name = f"fetch-{'-'.join(parallelism)}"
+    stopped = gang(run_node, 2, resolved(storage, shards, attempt=1, name=name, **parallelism), tmp_path, True)
+    assert [e.error for e in stopped] == ["Stopped", "Stopped"], stopped
+    ended = gang(run_node, 2, resolved(storage, shards, attempt=2, name=name, **parallelism), tmp_path)
+    assert [e.error for e in ended] == ["", ""], ended
+    small = [".metadata", "common.pt", "history.jsonl", "metadata.json"]
+    for rank, (_, fetched) in enumerate(e.value for e in ended):
+        assert fetched == sorted([*small, f"__{rank}_0.distcp"])

@@ -47,6 +47,8 @@ class Agreed:
     """Mean token loss over the global batch, in nats."""
     must_stop: bool
     must_save: bool
+    may_advance: bool
+    """Whether every rank has done its part of the checkpoint that is on its way."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,8 @@ class Loop:
     step: int = 0
     saved: SavedCheckpoint | None = None
     message: str = ""
+    _saved_step: int = field(default=-1, init=False)
+    """The step of the newest checkpoint, which may be on its way."""
     _saved_at: float = field(default_factory=time.monotonic, init=False)
     pace: Pace = field(init=False)
 
@@ -76,12 +80,13 @@ class Loop:
     def resume(self) -> None:
         """Continue from the newest committed checkpoint; start from the seed's weights where there is none."""
         self._report("Starting")
-        found = self.checkpointer.resume(self.state)
+        found = self.checkpointer.resume()
         self.message = found.message
         if found.saved is None:
             self.start()
             return
         self.step, self.saved = found.saved.step, found.saved
+        self._saved_step = self.step
         assert found.consumed_samples == self.consumed_samples
         self.history = History.loads(found.extras[HISTORY_FILE])
 
@@ -97,8 +102,8 @@ class Loop:
             while self.step < self.config.steps:
                 self.advance()
         self.stepper.gather_weights()
-        if self.saved is None or self.saved.step != self.step:
-            self._save()  # should the model not reach storage, the next attempt has only that left to do
+        self._save()  # should the model not reach storage, the next attempt has only that left to do
+        self._finish_saving()
 
     def advance(self) -> None:
         """One step, and what is due after it.
@@ -111,10 +116,13 @@ class Loop:
         if self._validation_due():
             self._validate()
         must_stop = agreed.must_stop and self.step < self.config.steps
+        if agreed.may_advance:
+            self.saved = self.checkpointer.advance() or self.saved
         if agreed.must_save or must_stop:
             self._save()
         self._report("Running")
         if must_stop:
+            self._finish_saving()
             raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
         collect_after(self.step)
 
@@ -142,14 +150,22 @@ class Loop:
     def _exchange(self, loss_sums: torch.Tensor) -> Sum:
         """Begin the one exchange of a step: the loss, and what any rank asks for."""
         elapsed = time.monotonic() - self._saved_at
-        # Clocks differ between ranks: only the first rank's says that it is time to save.
-        save = self.gang.is_first and is_due(self.config.checkpoint.every, step=self.step + 1, seconds=elapsed)
-        asked = torch.tensor([self.host.stop_requested(), save], dtype=torch.float64)
-        return self.gang.start_sum(torch.cat((loss_sums, send(asked, self.gang.device))))
+        every = self.config.checkpoint.every
+        # Clocks differ between ranks: only the first rank's says that it is time to save. Time does not pile up saves.
+        waits = isinstance(every, str) and self.checkpointer.is_saving
+        save = self.gang.is_first and not waits and is_due(every, step=self.step + 1, seconds=elapsed)
+        asked = [self.host.stop_requested(), save, self.checkpointer.ready]
+        said = send(torch.tensor(asked, dtype=torch.float64), self.gang.device)
+        return self.gang.start_sum(torch.cat((loss_sums, said)))
 
     def _agreed(self, exchange: Sum) -> Agreed:
-        loss, num_tokens, stops, saves = exchange.result()
-        return Agreed(loss=loss / num_tokens, must_stop=stops > 0, must_save=saves > 0)
+        loss, num_tokens, stops, saves, ready = exchange.result()
+        return Agreed(
+            loss=loss / num_tokens,
+            must_stop=stops > 0,
+            must_save=saves > 0,
+            may_advance=ready == self.gang.layout.world,
+        )
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -170,14 +186,26 @@ class Loop:
         self.pace.restart()
 
     def _save(self) -> None:
+        """Begin a checkpoint of this step, unless there is one, after the one before it."""
+        if self._saved_step == self.step:
+            return
+        self._finish_saving()
         self._report("Saving")
+        self._saved_step, self._saved_at = self.step, time.monotonic()
         self.stepper.gather_weights()
-        extras = {HISTORY_FILE: self.history.dumps()} if self.gang.is_first else {}
-        self.saved = self.checkpointer.save(
-            self.state, step=self.step, consumed_samples=self.consumed_samples, extras=extras
+        self.checkpointer.save(
+            step=self.step,
+            consumed_samples=self.consumed_samples,
+            extras=lambda: {HISTORY_FILE: self.history.dumps()},
         )
-        self._saved_at = time.monotonic()
         self.pace.restart()
+
+    def _finish_saving(self) -> None:
+        """Wait until the checkpoint on its way is committed."""
+        if self.checkpointer.is_saving:
+            self._report("Saving")
+            self.saved = self.checkpointer.finish()
+            self.pace.restart()
 
     def _report(self, phase: str) -> None:
         """Said by every rank after every step: the agent takes a rank that says nothing for one that hangs."""

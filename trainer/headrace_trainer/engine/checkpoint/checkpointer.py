@@ -6,7 +6,8 @@ the ranks that wrote them, then the manifest. What has no manifest was never fin
 
 import functools
 import logging
-import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 from headrace_api.artifact import ArtifactFile, canonical_digest
 from headrace_api.contract import SavedCheckpoint
 from headrace_api.stages.pretrain import Checkpointing
-from headrace_trainer.artifacts import sha256_file
 from headrace_trainer.engine.checkpoint.choice import Choice, choose
+from headrace_trainer.engine.checkpoint.files import CheckpointFiles
 from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest
-from headrace_trainer.engine.checkpoint.state import TrainState, is_own_file, load_state, save_state
+from headrace_trainer.engine.checkpoint.saving import Saving
+from headrace_trainer.engine.checkpoint.state import StateWriter, TrainState, is_own_file, load_state
 from headrace_trainer.engine.checkpoint.store import CheckpointStore, find_trainings
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import StorageError, UserError
 from headrace_trainer.storage import ObjectStore
 
 _REASON_CHARACTERS = 300
+_POLL_SECONDS = 0.05
 
 log = logging.getLogger("headrace")
 
@@ -53,7 +56,10 @@ class Loaded:
 class Checkpointer:
     """The checkpoints of one stage. Every method is called by every rank at the same step.
 
+    A save goes on while training does: ``save`` begins it, and ``advance`` takes it further once every rank is ``ready``.
+
     Args:
+        state: weights and optimizer: what is saved and loaded.
         store: the run's store.
         scratch: a folder that the ranks of a node share, for files on their way.
         gang: this rank's place.
@@ -66,6 +72,7 @@ class Checkpointer:
 
     def __init__(
         self,
+        state: TrainState,
         *,
         store: ObjectStore,
         scratch: Path,
@@ -76,38 +83,85 @@ class Checkpointer:
         steps: int,
         settings: Checkpointing,
     ) -> None:
-        self._store, self._scratch, self._gang = store, scratch, gang
+        self._state, self._store, self._scratch, self._gang = state, store, scratch, gang
         self._stage, self._identity, self._attempt, self._steps = stage, identity, attempt, steps
         self._settings = settings
         self._root = f"{stage}/checkpoints"
         self._checkpoints = CheckpointStore(store, f"{self._root}/{canonical_digest(identity)[:12]}")
+        self._writer = StateWriter(state)
+        self._saving: tuple[str, Saving] | None = None
 
-    def save(
-        self, state: TrainState, *, step: int, consumed_samples: int, extras: dict[str, str] | None = None
-    ) -> SavedCheckpoint:
-        """Write, upload and commit a checkpoint, then remove the ones that are too many.
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is on its way; the same on every rank."""
+        return self._saving is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank has done its part of what the checkpoint on its way waits for."""
+        return self._saving is not None and self._saving[1].ready
+
+    def save(self, *, step: int, consumed_samples: int, extras: Callable[[], dict[str, str]]) -> None:
+        """Begin a checkpoint of the state as it is now. The one before it must have been finished.
 
         Args:
-            state: weights and optimizer.
             step: optimizer steps done.
             consumed_samples: number of the next sample.
-            extras: small text files to go with it, name -> content; rank 0's are taken.
+            extras: gives small text files to go with it, name -> content; called in a fork of rank 0.
+
+        Raises:
+            StorageError: the scratch folder cannot be written.
+        """
+        assert self._saving is None
+        name = self._gang.from_first(lambda: self._checkpoints.new_name(step, self._attempt))
+        staged = self._scratch / "checkpoints" / name
+        saving = Saving(
+            name=name,
+            staged=staged,
+            write=self._writer.begin(staged),
+            extras=extras,
+            describe=functools.partial(self._describe, step, consumed_samples),
+            checkpoints=self._checkpoints,
+            keep=self._settings.keep,
+            gang=self._gang,
+        )
+        self._saving = name, saving
+
+    def advance(self) -> SavedCheckpoint | None:
+        """Take the checkpoint on its way further; waits for ranks that are not ``ready``.
+
+        Returns:
+            The checkpoint, once it is committed.
 
         Raises:
             StorageError: on every rank, where any could not write or upload.
         """
-        name = self._gang.from_first(lambda: self._checkpoints.new_name(step, self._attempt))
-        staged = self._scratch / "checkpoints" / name
-        self._remove(staged)
-        save_state(state, staged)
-        files = self._gang.together(lambda: self._upload(staged, name, extras or {}))
-        manifest = self._describe(step, consumed_samples, [f for part in files for f in part])
-        self._gang.from_first(lambda: self._checkpoints.commit(name, manifest, keep=self._settings.keep))
-        self._remove(staged)
+        assert self._saving is not None
+        name, saving = self._saving
+        manifest = saving.advance()
+        if manifest is None:
+            return None
+        self._saving = None
         return self._saved(name, manifest)
 
-    def resume(self, state: TrainState) -> Start:
-        """Load the newest checkpoint that fits and can be loaded into ``state``; none, where none was ever committed.
+    def finish(self) -> SavedCheckpoint | None:
+        """Wait until the checkpoint on its way is committed.
+
+        Returns:
+            The checkpoint; None where none was on its way.
+
+        Raises:
+            StorageError: on every rank, where any could not write or upload.
+        """
+        saved = None
+        while self.is_saving:
+            while self._gang.sum([self.ready])[0] < self._gang.layout.world:
+                time.sleep(_POLL_SECONDS)
+            saved = self.advance()
+        return saved
+
+    def resume(self) -> Start:
+        """Load the newest checkpoint that fits and can be loaded; none, where none was ever committed.
 
         Raises:
             StorageError: checkpoints were committed, but none of them can be loaded.
@@ -119,7 +173,7 @@ class Checkpointer:
         self._checkpoints = CheckpointStore(self._store, f"{self._root}/{choice.folder}")
         passed_over: dict[str, str] = {}
         for name in self._gang.from_first(self._checkpoints.committed):
-            found = self._load(state, name)
+            found = self._load(name)
             if isinstance(found, Loaded):
                 return self._started(name, found, passed_over=list(passed_over))
             passed_over[name] = found[:_REASON_CHARACTERS]
@@ -157,22 +211,6 @@ class Checkpointer:
             message=message,
         )
 
-    def _upload(self, staged: Path, name: str, extras: dict[str, str]) -> list[ArtifactFile]:
-        """Upload what this rank wrote; the size and digest of each file."""
-        if self._gang.is_first:
-            for extra, text in extras.items():
-                (staged / extra).write_text(text)
-        files = []
-        for path in sorted(p for p in staged.iterdir() if self._is_mine(p)):
-            files.append(ArtifactFile(path=path.name, bytes=path.stat().st_size, sha256=sha256_file(path)))
-            self._store.put_file(self._checkpoints.key(name, path.name), path)
-        return files
-
-    def _is_mine(self, path: Path) -> bool:
-        if path.suffix == ".distcp":
-            return path.name.startswith(f"__{self._gang.rank}_")
-        return self._gang.is_first
-
     def _describe(self, step: int, consumed_samples: int, files: list[ArtifactFile]) -> CheckpointManifest:
         return CheckpointManifest(
             stage=self._stage,
@@ -191,51 +229,24 @@ class Checkpointer:
         layout = self._gang.layout
         return Axes(tensor=layout.tensor, pipeline=layout.pipeline, data=layout.data)
 
-    def _load(self, state: TrainState, name: str) -> Loaded | str:
+    def _load(self, name: str) -> Loaded | str:
         """Load one checkpoint; on every rank the same answer: what was loaded, or what is wrong with it."""
         manifest = self._gang.from_first(lambda: self._checkpoints.read_manifest(name))
         if manifest is None:
             return "its manifest is damaged, or a file is missing or cut short"
         if manifest.identity != self._identity or manifest.step > self._steps:
             return "it is not of this training"
-        folder = self._fetch(name, manifest)
-        if folder is None:
-            return "a file's digest is not the one in the manifest"
-        failed = next(filter(None, self._gang.gather(load_state(state, folder))), None)
+        files = CheckpointFiles(
+            self._store, self._checkpoints.key(name, ""), manifest, scratch=self._scratch, gang=self._gang
+        )
+        failed = next(filter(None, self._gang.gather(load_state(self._state, files))), None)
         if failed is not None:
             return failed
-        extras = {f.path: (folder / f.path).read_text() for f in manifest.files if not is_own_file(f.path)}
-        if self._is_remote:
-            self._remove(folder)
-        return Loaded(manifest=manifest, extras=extras)
-
-    def _fetch(self, name: str, manifest: CheckpointManifest) -> Path | None:
-        """A folder on this node with verified files, or None on every rank where a digest does not match."""
-        folder = self._store.local_path(self._checkpoints.key(name, "")) or self._scratch / "resume" / name
-        whole = self._gang.together(lambda: self._fetch_share(name, manifest, folder))
-        return folder if all(whole) else None
-
-    def _fetch_share(self, name: str, manifest: CheckpointManifest, folder: Path) -> bool:
-        """Fetch and verify this rank's share of the files; the ranks of a node share the work."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in manifest.files[self._gang.local_rank :: self._gang.local_world]:
-            path = folder / file.path
-            if self._is_remote:
-                self._store.get_file(self._checkpoints.key(name, file.path), path)
-            if sha256_file(path) != file.sha256:
-                return False
-        return True
-
-    @property
-    def _is_remote(self) -> bool:
-        return self._store.local_path("") is None
-
-    def _remove(self, folder: Path) -> None:
-        """Remove a folder of this node when no rank needs it any more."""
-        self._gang.barrier()
-        if self._gang.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._gang.barrier()
+        extras = {f.path for f in manifest.files if not is_own_file(f.path)}
+        files.need(extras)
+        loaded = Loaded(manifest=manifest, extras={path: (files.folder / path).read_text() for path in extras})
+        files.remove()
+        return loaded
 
     def _saved(self, name: str, manifest: CheckpointManifest) -> SavedCheckpoint:
         return SavedCheckpoint(step=manifest.step, uri=self._checkpoints.uri(name), time=manifest.created_at)

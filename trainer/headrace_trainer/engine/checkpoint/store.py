@@ -36,6 +36,7 @@ class CheckpointStore:
 
     def __init__(self, store: ObjectStore, root: str) -> None:
         self.store, self.root = store, root
+        self._taken: set[str] | None = None
 
     def key(self, name: str, path: str) -> str:
         """The key of a file of a checkpoint."""
@@ -46,8 +47,12 @@ class CheckpointStore:
         return f"{self.store.uri}/{self.root}/{name}"
 
     def new_name(self, step: int, attempt: int) -> str:
-        """A folder name that nothing was ever stored under."""
-        return folder_name(step, attempt, taken=_folders(self._paths()))
+        """A folder name that nothing was ever stored under. Storage is asked once: nobody else makes names in this attempt."""
+        if self._taken is None:
+            self._taken = _folders(self._paths())
+        name = folder_name(step, attempt, taken=self._taken)
+        self._taken.add(name)
+        return name
 
     def committed(self) -> list[str]:
         """Names of the folders with a manifest: the newest first, and those that could not be loaded once after all others."""

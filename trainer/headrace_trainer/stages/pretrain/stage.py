@@ -109,6 +109,7 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
     def batches(samples: Samples) -> Batches:
         return Batches(samples=samples, objective=objective, gang=ranks, micro_batch_size=config.micro_batch_size)
 
+    state = TrainState(model=model, optimizer=optimizer)
     return Loop(
         config=config,
         gang=ranks,
@@ -116,8 +117,8 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
         stepper=stepper,
         training=batches(training),
         validation=batches(validation),
-        checkpointer=_checkpointer(ctx, ranks, config),
-        state=TrainState(model=model, optimizer=optimizer),
+        checkpointer=_checkpointer(ctx, ranks, config, state),
+        state=state,
         start=start,
     )
 
@@ -161,10 +162,11 @@ def _card(config: Pretrain, shards: Path) -> ModelCard:
     )
 
 
-def _checkpointer(ctx: StageContext, ranks: Gang, config: Pretrain) -> Checkpointer:
+def _checkpointer(ctx: StageContext, ranks: Gang, config: Pretrain, state: TrainState) -> Checkpointer:
     resolved = ctx.resolved
     inputs = {slot: ref.digest for slot, ref in resolved.inputs.items()}
     return Checkpointer(
+        state,
         store=ctx.store,
         scratch=ctx.scratch,
         gang=ranks,

@@ -1,0 +1,103 @@
+"""Work in a copy of this process, while this one goes on.
+
+A fork sees all memory as it was at its moment, whatever changes afterwards: nothing is copied for it but the pages that
+training writes to. It dies with its rank, so that nothing goes on writing for a gang that is gone.
+"""
+
+import contextlib
+import gc
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from headrace_trainer.errors import StorageError
+from headrace_trainer.processes import die_with_parent
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """``work`` in a forked process, from now on.
+
+    Args:
+        work: what to do. It must not use CUDA, nor connections that the rank has open. What it returns is pickled.
+        outbox: a path where what it returns can be left, on a local disk.
+    """
+
+    def __init__(self, work: Callable[[], T], *, outbox: Path) -> None:
+        self._outbox = outbox
+        self._exit_code: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _run(work, outbox, parent=parent)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._wait(os.WNOHANG)
+
+    def result(self) -> T:
+        """What ``work`` returned; waits for it.
+
+        Raises:
+            StorageError: it raised an error, or was killed.
+        """
+        self._wait(0)
+        outcome: Any = StorageError(f"a checkpoint's writer ended with exit code {self._exit_code}: see its log above")
+        if self._exit_code == 0:
+            outcome = pickle.loads(self._outbox.read_bytes())
+        self._outbox.unlink(missing_ok=True)
+        if isinstance(outcome, StorageError):
+            raise outcome
+        result: T = outcome
+        return result
+
+    def abandon(self) -> None:
+        """End it, whatever it has done so far."""
+        if not self.is_done:
+            os.kill(self._pid, signal.SIGKILL)
+            self._wait(0)
+        self._outbox.unlink(missing_ok=True)
+
+    def _wait(self, options: int) -> bool:
+        if self._exit_code is None:
+            pid, status = os.waitpid(self._pid, options)
+            if pid != 0:
+                self._exit_code = os.waitstatus_to_exitcode(status)
+        return self._exit_code is not None
+
+
+def _run(work: Callable[[], Any], outbox: Path, *, parent: int) -> None:
+    code = 1
+    try:
+        die_with_parent()
+        if os.getppid() != parent:
+            os._exit(code)
+        gc.disable()  # what the rank has on a GPU is not this process's to free
+        torch.set_num_threads(1)  # the threads that OpenMP counts on were not forked
+        outbox.write_bytes(pickle.dumps(_outcome(work)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _outcome(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except StorageError as error:
+        return error
+    except OSError as error:
+        return StorageError(f"{error}: check the scratch volume and storage.uri")
