@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from headrace_api.contract import Progress, ResolvedStage
+from headrace_api.contract import STARTING_PHASE, Progress, ResolvedStage
 from headrace_api.faults import ExitCode, Outcome
 from headrace_api.stages import StageConfig
 from headrace_trainer import artifacts, board
@@ -83,7 +83,7 @@ class StageContext:
         folder, done = self.scratch / "inputs" / slot, self.scratch / "inputs" / f"{slot}.path"
         folder.mkdir(parents=True, exist_ok=True)
         if not done.exists():
-            self.report(phase="Loading", message=f"reading the {slot}")
+            self.report(phase=STARTING_PHASE, message=f"reading the {slot}")
         with locked(self.scratch / "inputs" / f"{slot}.lock"):
             if not done.exists():
                 path = artifacts.fetch(open_uri(ref.uri, self.resolved.storage), ref, into=folder)
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> NoReturn:
     try:
         ctx = context_from_environment(Path(argv[0]), slot=slot)
         _show_stacks_when_asked(ctx)
-        ctx.report(phase="Starting")
+        ctx.report(phase=STARTING_PHASE)
         outcome = run_stage(ctx)
     except BaseException as error:
         outcome, code = outcome_of(error, rank=rank)

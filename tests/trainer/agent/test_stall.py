@@ -35,8 +35,9 @@ def test_ranks_that_are_held_by_a_signal(pods, held):
     outcome = stalled(attempt)
     assert outcome.rank == held[0]
     assert outcome.step > 20
-    assert f"rank {held[0]} hangs, and is held by a signal: phase Running, {outcome.step} steps done, silent for 2 s" in (
-        outcome.message
+    assert (
+        f"rank {held[0]} hangs, and is held by a signal: phase Running, {outcome.step} steps done, silent for 2 s"
+        in (outcome.message)
     )
     assert attempt.everything() == []
     evidence = attempt.evidence()
@@ -144,6 +145,8 @@ def test_evidence_for_storage_that_does_not_answer_delays_nothing_for_long(pods)
 def _answer_with_an_empty_listing(connection):
     connection.recv(65536)
     body = b'<?xml version="1.0"?><ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount></ListBucketResult>'
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    head = (
+        f"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
     connection.sendall(head.encode() + body)
     connection.close()

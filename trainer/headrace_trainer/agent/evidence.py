@@ -62,7 +62,9 @@ def waits_in_collective(stacks: str) -> bool | None:
 
 def _look_from_outside(pids: Mapping[int, int]) -> dict[int, str]:
     """By py-spy, which also reads processes that are stopped. The kernel may refuse it, as in hardened pods."""
-    program = shutil.which("py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    program = shutil.which(
+        "py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
     if program is None:
         return dict.fromkeys(pids, "")
     looks = {

@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from headrace_trainer.processes import adopt_orphans, die_with_parent, kill_tree, name_process, reap
@@ -74,7 +75,7 @@ def _import(module: str, control: socket.socket) -> None:
 
 
 def _start(plan: Ranks, i: int, stage_file: str, control: socket.socket) -> int:
-    parent, alone = os.getpid(), len(os.listdir("/proc/self/task")) == 1
+    parent, alone = os.getpid(), sum(1 for _ in Path("/proc/self/task").iterdir()) == 1
     pid = os.fork()
     if pid == 0:
         try:

@@ -49,7 +49,12 @@ class Reporter:
         with self._news:
             if self._newest is not None:
                 phase = "Done" if outcome.fault is None else "Stopped"
-                update = {"phase": phase, "message": outcome.message[:1024], "time": datetime.now(UTC), "endpoint": None}
+                update = {
+                    "phase": phase,
+                    "message": outcome.message[:1024],
+                    "time": datetime.now(UTC),
+                    "endpoint": None,
+                }
                 self._newest = self._newest.model_copy(update=update)
             self._last = True
             self._news.notify()

@@ -183,7 +183,9 @@ class Agent:
         if not silent and since <= self.settings.grace_seconds:
             return None
         if not is_gang:
-            return Outcome(fault=FaultClass.STOPPED, reason="Stopped", message="stopped; it begins again from its start")
+            return Outcome(
+                fault=FaultClass.STOPPED, reason="Stopped", message="stopped; it begins again from its start"
+            )
         who = f"ranks {', '.join(map(str, silent))} did" if silent else "some ranks did"
         message = f"{who} not answer the request to stop, and all were killed after {since:.0f} s; work since the last checkpoint is lost"
         return Outcome(fault=FaultClass.PROCESS, reason="KilledWhileStopping", message=message)
