@@ -82,7 +82,7 @@ def _remedy(kind: str, error: Any, root: type[BaseModel], location: Location) ->
 
 
 def _choose(value: object, options: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), options, n=1)
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.8)
     return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(options)}"
 
 
