@@ -278,6 +278,8 @@ def _lay_out_badly(source: Manifests, value: Json) -> None:
         )
         if rng.random() < 0.6
     }
+    if isinstance(stage.get("deploy"), dict):
+        stage["deploy"]["engine"] = rng.choice(["vllm", "vllm", "transformers"])
     if isinstance(stage.get("pretrain"), dict):
         stage["pretrain"] |= {
             "parallelism": {"tensor": rng.choice([1, 2, 3, 4, 8]), "pipeline": rng.choice([1, 2, 3, 4])},

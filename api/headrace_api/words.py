@@ -56,7 +56,7 @@ _REMEDIES: dict[str, str] = {
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
-    "string_too_short": "write at least {min_length} character",
+    "string_too_short": "write at least {min_length} character(s)",
     "string_too_long": "write at most {max_length} characters",
     "too_short": "list at least {min_length}",
     "too_long": "list at most {max_length}; there are {actual_length}",
@@ -74,13 +74,15 @@ def _remedy(kind: str, error: Any, root: type[BaseModel], location: Location) ->
         return _choose(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     if kind == "model_type":
         return f"write a block with {', '.join(_fields_at(root, location))}"
+    if kind in ("too_short", "too_long") and isinstance(error["input"], str):
+        kind = f"string_{kind}"
     if kind.startswith(_TIMES):
         kind = "datetime_type"
     return _REMEDIES.get(kind, UNKNOWN).format(**error.get("ctx", {}))
 
 
 def _choose(value: object, options: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), options, n=1)
+    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.8)
     return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(options)}"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Collection
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
@@ -16,9 +17,10 @@ from rich.console import Console, RenderableType
 
 from headrace_api.errors import ManifestError, load_run
 from headrace_api.run import ConditionType, RunStatus, StageState, TrainingRun
-from headrace_cli import forecast, view
+from headrace_cli import forecast, machine, view
 from headrace_cli.ask import ask, find_server
 from headrace_cli.attempts import LocalAttempts
+from headrace_cli.forecast import Action
 from headrace_cli.home import HOME, RunFolder, run_folder, run_folders
 from headrace_cli.live import look
 from headrace_cli.local import LocalBody, interrupts, localize
@@ -114,11 +116,31 @@ def run(file: Manifest, home: Home = HOME) -> None:
     with interrupts() as asked, folder.locked() as lock:
         local = localize(manifest, manifest=file, folder=folder)
         _warn_of_damage(folder)
+        _check_machine(local, stages=[row["stage"] for row in _forecast(local, folder) if row["action"] == Action.RUN])
         folder.save_manifest(local, file=file)
         with view.RunView(err) as watch:
             body = LocalBody(run=local, folder=folder, lock=lock, watch=watch)
             status = body.go(asked)
     _conclude(body.run, status)
+
+
+def _forecast(local: TrainingRun, folder: RunFolder) -> list[dict[str, Any]]:
+    attempts = LocalAttempts(folder=folder.attempts).observe()
+    return forecast.forecast(local, Observed(now=datetime.now(UTC), attempts=attempts))
+
+
+def _check_machine(local: TrainingRun, *, stages: Collection[str]) -> None:
+    """Say what of the stages this machine can hardly do.
+
+    Raises:
+        ManifestError: there is something that it cannot do at all.
+    """
+    findings = machine.check(local, machine.this_machine(), stages=stages)
+    errors = [finding.text for finding in findings if finding.severity is machine.Severity.ERROR]
+    if errors:
+        raise ManifestError(errors)
+    for finding in findings:
+        err.print(f"warning: {finding.text}", markup=False, soft_wrap=True)
 
 
 def _warn_of_damage(folder: RunFolder) -> None:
@@ -157,11 +179,22 @@ def _print_results(finished: TrainingRun) -> None:
 
 
 @app.command()
-def validate(file: Manifest) -> None:
-    """Check a manifest; nothing is started."""
+def validate(file: Manifest, home: Home = HOME) -> None:
+    """Check a manifest, and warn of what this machine could not do; nothing is started."""
     manifest = _load(file)
     stages = ", ".join(f"{s.name} ({s.kind})" for s in manifest.spec.stages)
     out.print(f"{file}: valid: {manifest.metadata.name}: {stages}", markup=False, soft_wrap=True)
+    for problem in _problems_here(manifest, file=file, home=home):
+        err.print(f"warning: here: {problem}", markup=False, soft_wrap=True)
+
+
+def _problems_here(manifest: TrainingRun, *, file: Path, home: Path) -> list[str]:
+    try:
+        local = localize(manifest, manifest=file, folder=run_folder(home, manifest.metadata.name))
+    except ManifestError as error:
+        return error.problems
+    stages = [stage.name for stage in local.spec.stages]
+    return [finding.text for finding in machine.check(local, machine.this_machine(), stages=stages)]
 
 
 @app.command()
@@ -170,9 +203,7 @@ def plan(file: Manifest, home: Home = HOME, output: Format = Output.TABLE) -> No
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
     _warn_of_damage(folder)
-    attempts = LocalAttempts(folder=folder.attempts).observe()
-    observed = Observed(now=datetime.now(UTC), attempts=attempts)
-    rows = forecast.forecast(localize(manifest, manifest=file, folder=folder), observed)
+    rows = _forecast(localize(manifest, manifest=file, folder=folder), folder)
     _print(rows, forecast.table(manifest.metadata.name, rows), output=output)
 
 

@@ -14,7 +14,9 @@ def _set(value: dict[str, Any], path: str, new: object) -> dict[str, Any]:
     *parents, last = path.split(".")
     for part in parents:
         node = next(s for s in node if s["name"] == part) if isinstance(node, list) else node.setdefault(part, {})
-    if new is None:
+    if isinstance(node, list):
+        node[next(i for i, s in enumerate(node) if s["name"] == last)] = new
+    elif new is None:
         del node[last]
     else:
         node[last] = new
@@ -71,8 +73,30 @@ CASES = [
     ("stages.eval.evaluate.require", {"acc": ">1"}, "spec.stages[4].evaluate.require: 'acc': is not measured; bound"),
     ("stages.tok.tokenizer.vocabSize", "4X", "spec.stages[1].tokenizer.vocabSize: '4X': not a quantity; write a number"),
     ("stages.tok.tokenizer.import", {"uri": "x"}, "spec.stages[1].tokenizer.from: set either from.corpus"),
-    ("stages.tok.compute", {"nodes": 2}, "spec.stages[1].compute.nodes: 2: a tokenizer stage runs on 1 node"),
+    ("stages.tok.compute", {"nodes": 2}, "spec.stages[1].compute.nodes: 2: tokenizer stages run on 1 node"),
     ("stages", [], "spec.stages: a list: list at least 1"),
+    ("stages.eval.compute", {"ranksPerNode": 3}, "spec.stages[4].compute.ranksPerNode: 3: the ranks of an evaluate stage split the model: must divide the model's 4 heads; use 1, 2 or 4"),
+    ("stages.eval.compute", {"gpusPerNode": 4}, "spec.stages[4].compute.gpusPerNode: 4: the ranks of an evaluate stage split the model: must divide the model's 2 kvHeads"),
+    ("stages.eval.compute", {"ranksPerNode": 16}, "spec.stages[4].compute.ranksPerNode: 16: the ranks of an evaluate stage split the model; use at most 8"),
+    ("stages.eval.compute", {"nodes": 2}, "spec.stages[4].compute.nodes: 2: evaluate stages run on 1 node"),
+    ("stages.ship.compute", {"gpusPerNode": 8}, "spec.stages[5].compute.gpusPerNode: 8: export stages have 1 process a node; leave it out"),
+    ("stages.serve", {"name": "serve", "deploy": {"from": {"model": "ship"}, "engine": "vllm"}, "compute": {"gpusPerNode": 3}}, "spec.stages[6].compute.gpusPerNode: 3: vllm splits the heads over its GPUs: 4, and 2 of keys; use 1 or 2 or 4"),
+    ("stages.base.compute", {"gpusPerNode": 2, "ranksPerNode": 4}, "spec.stages[3].compute.ranksPerNode: 4: must be at most gpusPerNode, 2: each rank has a GPU"),
+    ("storage", {"uri": "gs://bucket/run"}, "spec.storage.uri: 'gs://bucket/run': only S3 and directories can be read: write s3://bucket/prefix, file:///folder or a path"),
+    ("storage", {"uri": "s3://"}, "spec.storage.uri: 's3://': only S3"),
+    ("storage", {"uri": "file://relative"}, "spec.storage.uri: 'file://relative': only S3"),
+    ("storage", {"uri": "a\tb"}, "spec.storage.uri: 'a\\tb': write one line, without tabs"),
+    ("storage", {"uri": "s3://bucket/run", "endpoint": "host:9000"}, "spec.storage.endpoint: 'host:9000': write http://host:port or https://host"),
+    ("stages.corpus.corpus.sources", [{"uri": "https://host/x"}], "spec.stages[0].corpus.sources[0].uri: 'https://host/x': only S3 and directories"),
+    ("stages.corpus.corpus.quality", {"minWords": 9, "maxWords": 8}, "spec.stages[0].corpus.quality.minWords: 9: must be at most maxWords, 8"),
+    ("stages.corpus.compute", {"cpu": 0}, "spec.stages[0].compute.cpu: 0: write a number of processors above 0"),
+    ("stages.base.pretrain.tokens", "2.0000005M", "spec.stages[3].pretrain.tokens: '2.0000005M': not a whole number once its suffix is applied"),
+    ("stages.base.pretrain.tokens", True, "spec.stages[3].pretrain.tokens: true: write a whole number"),
+    ("stages.base.pretrain.checkpoint", {"every": "0"}, "spec.stages[3].pretrain.checkpoint.every: '0': write a number of steps from 1"),
+    ("stages.base.pretrain.optimizer", {"beta1": 1}, "spec.stages[3].pretrain.optimizer.beta1: 1: must be below 1"),
+    ("stages.base.pretrain.precision", "fp16", "spec.stages[3].pretrain.precision: 'fp16': choose one of fp32, bf16, fp8"),
+    ("stages.base.pretrain.global_batch_size", 4, "spec.stages[3].pretrain.global_batch_size: unknown field; did you mean globalBatchSize?"),
+    ("restartPolicy", [], "spec.restartPolicy: a list: write a block with maxInfraRestarts, maxUserRestarts"),
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,14 +46,19 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(headrace, axis, expecte
 def test_a_manifest_that_is_not_there(headrace):
     done = headrace("run", "nothing.yaml")
     assert done.code == 2
-    assert "nothing.yaml: no such file; check the path" in done.err
+    assert "nothing.yaml: no such file: check the path" in done.err
 
 
-def test_a_source_that_is_not_there(headrace):
-    done = headrace("run", str(headrace.manifest("corpus")))
-    assert done.code == 1
-    assert str(headrace.folder / "raw") in done.err
-    _nothing_is_taken_for_done(headrace, "corpus")
+def test_a_source_that_is_not_there_is_found_before_anything_starts_and_is_not_missed_afterwards(headrace):
+    path = str(headrace.manifest("corpus"))
+    done = headrace("run", path)
+    assert done.code == 2
+    assert f"corpus.sources[0].uri: '{headrace.folder / 'raw'}': no such file or folder; check the path" in done.err
+    assert not list(headrace.home.rglob("status.json"))
+    headrace.write_text()
+    assert headrace("run", path).code == 0
+    shutil.rmtree(headrace.folder / "raw")
+    assert headrace("run", path).code == 0, "what was read from it is done"
 
 
 def test_a_folder_without_a_document(headrace):

@@ -62,6 +62,11 @@ CASES: dict[tuple[str, str], Json] = {
         "stages.base.pretrain.parallelism": {},
         "stages.eval.compute": {"ranksPerNode": 2},
     },
+    ("spec", "vllm splits the heads over its GPUs"): {
+        "stages.serve.deploy.engine": "vllm",
+        "stages.serve.compute": {"gpusPerNode": 8},
+    },
+    ("spec.restartPolicy.onStall", "must be above 0"): {"restartPolicy": {"onStall": "0s"}},
     ("spec.storage.uri", "only S3"): {"storage.uri": "gs://bucket/runs"},
     ("spec.stages[]", "a stage has exactly one typed block"): {"stages.serve.deploy": NOTHING},
     ("spec.stages[]", "compute.nodes must be 1"): {"stages.tok.compute": {"nodes": 2}},

@@ -1,0 +1,128 @@
+"""Stages that name one another: what may stand in ``from``, and what a later stage needs of the model that it names.
+
+Each check is written twice, for this process and as CEL for the API server; ``tests/operator/test_real_admission.py``
+holds the two against each other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from headrace_api.base import FieldError, JsonSchema, rule
+from headrace_api.compute import cel_world
+from headrace_api.model import Architecture, cel_dimension
+from headrace_api.parallelism import MAX_TENSOR, SPLIT_BY_TENSOR, Parallelism, layout
+from headrace_api.stage import Stage
+from headrace_api.stages import KINDS, ArtifactKind
+from headrace_api.stages.deploy import Engine
+
+MAX_STAGES = 32
+_PLACES = f"[{', '.join(str(i) for i in range(MAX_STAGES))}]"
+"""CEL's macros over a list do not tell the places of its items; a list of places does."""
+_VLLM = "vllm splits the heads over its GPUs"
+
+
+def check_references(stages: Sequence[Stage]) -> None:
+    """Check names and references.
+
+    Raises:
+        FieldError: a name is used twice, an input is not what is wanted, or a stage's ranks do not divide its model.
+    """
+    seen: dict[str, Stage] = {}
+    for i, stage in enumerate(stages):
+        if stage.name in seen:
+            raise FieldError(f"stages[{i}].name", stage.name, "is used twice; names are unique in a run")
+        for slot, source in stage.config.inputs().items():
+            _check_input(i, stage, slot=slot, source=source, seen=seen)
+        field = f"stages[{i}].compute.{stage.compute.ranks_field}"
+        if stage.evaluate is not None:
+            _check_evaluate(field, stage, model=seen[stage.evaluate.from_.model])
+        if stage.deploy is not None and stage.deploy.engine is Engine.VLLM:
+            _check_vllm(f"stages[{i}].compute.gpusPerNode", stage, exported=seen[stage.deploy.from_.model], seen=seen)
+        seen[stage.name] = stage
+
+
+def reference_rules() -> Iterator[JsonSchema]:
+    """The same as CEL, for the block that holds ``stages``. Names are unique by the list's type."""
+    yield from _input_rules()
+    world = cel_world("s")
+    yield rule(
+        f"self.stages.all(s, !has(s.evaluate) || {world} <= {MAX_TENSOR})",
+        f"compute.ranksPerNode of an evaluate stage must be at most {MAX_TENSOR}",
+    )
+    for dimension in SPLIT_BY_TENSOR:
+        divides = f"{cel_dimension(dimension, model='t.pretrain.model')} % {world} == 0"
+        trained = f"t.name != s.evaluate.from.model || !has(t.pretrain) || {divides}"
+        yield rule(
+            f"self.stages.all(s, !has(s.evaluate) || self.stages.all(t, {trained}))",
+            f"compute.ranksPerNode of an evaluate stage must divide its model's {dimension}",
+        )
+    yield _vllm_rule()
+
+
+def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str, Stage]) -> None:
+    field, wanted = f"stages[{i}].{stage.kind}.from.{slot}", stage.config.accepts()[slot]
+    fitting = [name for name, other in seen.items() if wanted == other.config.GIVES]
+    remedy = f"use {' or '.join(fitting)}" if fitting else f"add a stage before it that gives a {wanted}"
+    if source not in seen:
+        raise FieldError(field, source, f"no earlier stage has this name; {remedy}")
+    if wanted != seen[source].config.GIVES:
+        gives = seen[source].config.GIVES
+        raise FieldError(
+            field, source, f"is a {seen[source].kind} stage, which gives a {gives}, not a {wanted}; {remedy}"
+        )
+
+
+def _input_rules() -> Iterator[JsonSchema]:
+    """Each ``from`` of each kind of stage names an earlier stage that gives what is wanted."""
+    givers = {gives: [k for k, c in KINDS.items() if gives == c.GIVES] for gives in ArtifactKind}
+    for kind, config in KINDS.items():
+        for slot, (wanted, optional) in config.slots().items():
+            reader = f"self.stages[i].{kind}"
+            unset = f" || !has({reader}.from)" if optional else ""
+            given = " || ".join(f"has(self.stages[j].{giver})" for giver in givers[wanted])
+            found = f"j < i && self.stages[j].name == {reader}.from.{slot} && ({given})"
+            yield rule(
+                f"{_PLACES}.all(i, i >= size(self.stages) || !has({reader}){unset} || {_PLACES}.exists(j, {found}))",
+                f"{kind}.from.{slot} must name an earlier {' or '.join(givers[wanted])} stage",
+            )
+
+
+def _check_evaluate(field: str, stage: Stage, *, model: Stage) -> None:
+    """The ranks of an evaluate stage split its model; no other axis is used."""
+    ranks = stage.compute.ranks
+    if ranks > MAX_TENSOR:
+        raise FieldError(field, ranks, f"the ranks of an evaluate stage split the model; use at most {MAX_TENSOR}")
+    assert model.pretrain is not None, "only pretrain gives a checkpoint"
+    try:
+        layout(Parallelism(tensor=ranks), model.pretrain.model.architecture, num_ranks=ranks)
+    except FieldError as error:
+        raise FieldError(field, ranks, f"the ranks of an evaluate stage split the model: {error.remedy}") from error
+
+
+def _check_vllm(field: str, stage: Stage, *, exported: Stage, seen: Mapping[str, Stage]) -> None:
+    """vLLM's tensor parallelism: heads are split; key heads are split, or repeated where there are fewer of them."""
+    gpus = stage.compute.gpus_per_node
+    assert exported.export is not None, "only export gives a Hugging Face folder"
+    trained = seen[exported.export.from_.model].pretrain
+    assert trained is not None, "only pretrain gives a checkpoint"
+    arch = trained.model.architecture
+    if gpus > 1 and not _vllm_splits(arch, gpus):
+        fitting = [d for d in range(1, arch.heads + 1) if _vllm_splits(arch, d)]
+        remedy = f"{_VLLM}: {arch.heads}, and {arch.kv_heads} of keys; use {' or '.join(map(str, fitting))}"
+        raise FieldError(field, gpus, remedy)
+
+
+def _vllm_splits(arch: Architecture, gpus: int) -> bool:
+    fewer, more = sorted((arch.kv_heads, gpus))
+    return arch.heads % gpus == 0 and more % fewer == 0
+
+
+def _vllm_rule() -> JsonSchema:
+    heads, keys = (cel_dimension(name, model="t.pretrain.model") for name in ("heads", "kvHeads"))
+    gpus = "s.compute.gpusPerNode"
+    splits = f"{heads} % {gpus} == 0 && ({keys} > {gpus} ? {keys} % {gpus} == 0 : {gpus} % {keys} == 0)"
+    trained = f"self.stages.all(t, t.name != e.export.from.model || !has(t.pretrain) || ({splits}))"
+    exported = f"self.stages.all(e, e.name != s.deploy.from.model || !has(e.export) || {trained})"
+    return rule(
+        f"self.stages.all(s, !has(s.deploy) || s.deploy.engine != 'vllm' || {gpus} < 2 || {exported})",
+        f"{_VLLM}: compute.gpusPerNode must divide them, and divide the kvHeads or be a multiple of them",
+    )
