@@ -33,6 +33,17 @@ class Precision(StrEnum):
     FP8 = "fp8"
 
 
+class Fp8Recipe(StrEnum):
+    """Where the scales of fp8 tensors come from."""
+
+    DELAYED = "delayed"
+    """From the largest values of earlier steps: the cheapest; the history is part of a checkpoint."""
+    TENSORWISE = "tensorwise"
+    """From each tensor as it is."""
+    BLOCKWISE = "blockwise"
+    """From each block of 128 x 128 weights or 128 activations: the closest to bf16 (arXiv 2412.19437, section 3.3)."""
+
+
 class Decay(StrEnum):
     """How the learning rate falls after its warm-up."""
 
@@ -164,6 +175,8 @@ class Pretrain(StageConfig):
     """microBatchSize is the number of samples in one forward pass of one rank."""
     precision: Precision = Precision.BF16
     """precision is the format of the matrix multiplications; fp8 needs a GPU with Transformer Engine."""
+    fp8_recipe: Fp8Recipe | None = None
+    """fp8Recipe says where the scales of fp8 tensors come from: tensorwise if unset, delayed, or blockwise."""
     parallelism: Annotated[Parallelism, Part.EXECUTION] = Field(default_factory=Parallelism)
     """parallelism is how one replica is split over ranks; the other ranks are data parallel."""
     schedule: Schedule = Field(default_factory=Schedule)

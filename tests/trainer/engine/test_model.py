@@ -252,3 +252,32 @@ def test_attention_refuses_what_it_would_ignore() -> None:
         "window": "attention with a window: only plain causal attention is done here",
         "sinks": "attention with softmax_type 'off-by-one': only plain causal attention is done here",
     }, ended
+
+
+def fp8_settings(rank: int, world: int, recipe: str | None) -> tuple[Any, ...]:
+    from headrace_api.parallelism import Layout
+    from headrace_api.stages.pretrain import Fp8Recipe, Precision
+    from headrace_trainer.engine.model.build import transformer_config
+
+    config = transformer_config(
+        SHAPE,
+        layout=Layout(**TP1),
+        sequence_length=LENGTH,
+        precision=Precision.FP8 if recipe else Precision.BF16,
+        fp8_recipe=Fp8Recipe(recipe or "delayed"),
+    )
+    return config.fp8, config.fp8_recipe if recipe else None, config.fp8_amax_history_len
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("delayed", ("hybrid", "delayed", 1024)),
+        ("tensorwise", ("hybrid", "tensorwise", 1)),
+        ("blockwise", ("hybrid", "blockwise", 1)),
+        (None, (None, None, 1)),
+    ],
+)
+def test_megatron_is_told_the_fp8_recipe(recipe: str | None, expected: tuple[Any, ...]) -> None:
+    (ended,) = gang(fp8_settings, 1, recipe)
+    assert ended.value == expected, ended

@@ -57,7 +57,7 @@ class FusedAdam(torch.optim.Optimizer):
             if "exp_avg" not in self.state[parameter]:
                 self.initialize_state(parameter)
         states = [self.state[p] for p in parameters]
-        step = torch.tensor(float(group["step"]), device=parameters[0].device)
+        step = torch.full((), float(group["step"]), device=parameters[0].device)  # a copy would wait for the GPU
         self._kernel(
             [p.data for p in parameters],
             [p.grad for p in parameters],  # type: ignore[misc]

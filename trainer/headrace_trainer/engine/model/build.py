@@ -10,7 +10,7 @@ import torch
 
 from headrace_api.model import Architecture, padded_vocab
 from headrace_api.parallelism import Layout
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.pretrain import Fp8Recipe, Precision
 from headrace_trainer.engine import device
 from headrace_trainer.engine.device.megatron import (
     Float16Module,
@@ -34,6 +34,7 @@ def build_model(
     vocab_size: int,
     sequence_length: int,
     precision: Precision,
+    fp8_recipe: Fp8Recipe | None = None,
 ) -> MegatronModule:
     """Build this rank's part of the model, on its device, in its precision; what is in its weights is undefined.
 
@@ -43,12 +44,19 @@ def build_model(
         vocab_size: tokens, unpadded.
         sequence_length: tokens in a sample.
         precision: number format of the weights and matrix multiplications.
+        fp8_recipe: where scales come from, if the precision is fp8; tensorwise if None.
 
     Raises:
         UserError: fp8 without a GPU and Transformer Engine.
     """
     check_precision(precision)
-    config = transformer_config(architecture, layout=gang.layout, sequence_length=sequence_length, precision=precision)
+    config = transformer_config(
+        architecture,
+        layout=gang.layout,
+        sequence_length=sequence_length,
+        precision=precision,
+        fp8_recipe=fp8_recipe or Fp8Recipe.TENSORWISE,
+    )
     model = LanguageModel(
         config=config,
         transformer_layer_spec=_layer_spec(),
@@ -74,7 +82,7 @@ def check_precision(precision: Precision) -> None:
 
 
 def transformer_config(
-    architecture: Architecture, *, layout: Layout, sequence_length: int, precision: Precision
+    architecture: Architecture, *, layout: Layout, sequence_length: int, precision: Precision, fp8_recipe: Fp8Recipe
 ) -> TransformerConfig:
     """Megatron's configuration of the Llama family's shape.
 
@@ -103,7 +111,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         deterministic_mode=True,
         attention_softmax_in_fp32=True,
-        **_formats(precision),
+        **_formats(precision, fp8_recipe),
         **_fusions(),
     )
 
@@ -112,13 +120,15 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _formats(precision: Precision) -> dict[str, Any]:
+def _formats(precision: Precision, fp8_recipe: Fp8Recipe) -> dict[str, Any]:
     if precision is Precision.FP32:
         return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     formats: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
     if precision is Precision.FP8:
-        # Scales are taken from the tensor at hand: no history that a checkpoint would have to carry.
-        formats |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+        formats |= {"fp8": "hybrid", "fp8_recipe": fp8_recipe.value}
+    if precision is Precision.FP8 and fp8_recipe is Fp8Recipe.DELAYED:
+        # Megatron's defaults look at the last step alone, and one spike would overflow the next.
+        formats |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return formats
 
 

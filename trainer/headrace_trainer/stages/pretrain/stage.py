@@ -89,6 +89,7 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
         vocab_size=card.vocab_size,
         sequence_length=config.sequence_length,
         precision=config.precision,
+        fp8_recipe=config.fp8_recipe,
     )
     wrapped, objective = wrap_model(model), NextToken()
     optimizer = build_optimizer(wrapped, config.optimizer, schedule=config.schedule, precision=config.precision)
