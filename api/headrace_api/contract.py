@@ -12,7 +12,7 @@ from pydantic import Field
 
 from headrace_api.artifact import ArtifactRef, canonical_digest
 from headrace_api.base import Duration, Figure, Spec, Uri
-from headrace_api.run import Stage, Storage
+from headrace_api.run import SavedCheckpoint, Stage, Storage
 
 STAGE_FILE = "stage.json"
 TOKEN_AUDIENCE = "headrace-progress"
@@ -62,17 +62,6 @@ class ResolvedStage(Spec):
         return canonical_digest(
             self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude=apart)
         )
-
-
-class SavedCheckpoint(Spec):
-    """A committed checkpoint."""
-
-    step: int = Field(ge=0)
-    """step is the number of optimizer steps that it holds."""
-    uri: Uri
-    """uri is its folder."""
-    time: datetime
-    """time is when it was committed."""
 
 
 class Progress(Spec):

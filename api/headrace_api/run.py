@@ -199,10 +199,10 @@ class Condition(StatusPart):
     """lastTransitionTime is when status last changed."""
 
 
-class CheckpointStatus(StatusPart):
-    """The newest committed checkpoint of the running stage."""
+class SavedCheckpoint(StatusPart):
+    """A committed checkpoint, as pods report it and statuses keep it."""
 
-    step: int
+    step: int = Field(ge=0)
     """step is the number of optimizer steps that it holds."""
     uri: Uri
     """uri is its folder in storage."""
@@ -235,7 +235,7 @@ class RunStatus(StatusPart):
     """eta is the time that the running stage still needs."""
     phase_message: str | None = None
     """phaseMessage is one line about what the ranks do now, or what is waited for."""
-    checkpoint: CheckpointStatus | None = None
+    checkpoint: SavedCheckpoint | None = None
     """checkpoint is the newest committed checkpoint of the running stage."""
     endpoint: str | None = None
     """endpoint is where the deployed model answers."""

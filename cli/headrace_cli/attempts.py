@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,10 +24,11 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from headrace_api.contract import STAGE_FILE, Progress, ResolvedStage
-from headrace_api.faults import FaultClass, Outcome, most_telling
+from headrace_api.faults import FaultClass, Outcome
 from headrace_cli import records
 from headrace_cli.problem import Problem
 from headrace_cli.processes import SCRATCH, agent, find_agents, kill_all
+from headrace_operator.brain.endings import End, explain_failure, explain_success
 from headrace_operator.brain.observed import LIVE, Attempt, AttemptState
 
 PROCESSES_FILE = "processes.json"
@@ -122,8 +123,8 @@ class LocalAttempts:
         """Stop what is left of a gang that lost an agent, and see to it that what was asked to stop does."""
         for attempt in (a for a in attempts if a.state in LIVE):
             folder = self._folder(attempt.stage, attempt.number)
-            ended = self._outcomes(folder, self.resolved(attempt), live=self._live(folder))
-            if attempt.state is AttemptState.STOPPING or most_telling(ended) is not None:
+            ends = self._ends(folder, self.resolved(attempt), live=self._live(folder))
+            if attempt.state is AttemptState.STOPPING or explain_failure(ends) is not None:
                 self.stop(attempt.stage, attempt.number)
 
     def end_all(self, *, at_once: Callable[[], bool]) -> None:
@@ -159,8 +160,8 @@ class LocalAttempts:
         if name is None or (not live and not (folder / PROCESSES_FILE).exists()):
             return []
         resolved = records.read_if_whole(folder / STAGE_FILE, ResolvedStage)
-        outcomes = self._outcomes(folder, resolved, live=live)
-        failed = self._explains(folder, outcomes)
+        ends = self._ends(folder, resolved, live=live)
+        failed = explain_failure(ends)
         if live:
             state = AttemptState.STOPPING if self._asked_at(folder) is not None else AttemptState.RUNNING
         else:
@@ -171,7 +172,7 @@ class LocalAttempts:
             hash=resolved.hash if resolved is not None else "",
             digest=resolved.digest if resolved is not None else "",
             state=state,
-            outcome=None if live else failed or outcomes[0],
+            outcome=None if live else failed or explain_success(ends),
             progress=records.read_if_whole(folder / "progress.json", Progress),
             ended_at=None if live else _ended_at(folder),
         )
@@ -189,18 +190,10 @@ class LocalAttempts:
         found = {index: agent(pid, folder) for index, pid in self._agents(folder).items()}
         return {index: process for index, process in found.items() if process is not None}
 
-    def _outcomes(self, folder: Path, resolved: ResolvedStage | None, *, live: Collection[int]) -> list[Outcome]:
-        """The last words of the agents that have ended."""
+    def _ends(self, folder: Path, resolved: ResolvedStage | None, *, live: Collection[int]) -> list[End]:
+        """How those agents ended that have."""
         indices = range(resolved.stage.compute.nodes) if resolved is not None else sorted(self._agents(folder)) or [0]
-        return [_outcome(folder, index) for index in indices if index not in live]
-
-    def _explains(self, folder: Path, outcomes: Sequence[Outcome]) -> Outcome | None:
-        """The failure that explains the end: the one that broke the gang, before what the others say of being stopped."""
-        asked_at = self._asked_at(folder)
-        files = sorted(folder.glob("outcome-*.json"), key=lambda f: f.stat().st_mtime)
-        before = [f for f in files if asked_at is not None and f.stat().st_mtime < asked_at]
-        broke = most_telling(o for f in before if (o := records.read_if_whole(f, Outcome)) is not None)
-        return broke or most_telling(outcomes)
+        return [_end(folder, index) for index in indices if index not in live]
 
     def _asked_at(self, folder: Path) -> float | None:
         try:
@@ -267,6 +260,13 @@ def _outcome(folder: Path, index: int) -> Outcome:
         return Outcome(fault=FaultClass.STORAGE, reason="NoSpace", message=message)
     message = f"the agent ended without a word; see {folder / f'agent-{index}.log'}"
     return Outcome(fault=FaultClass.POD, reason="AgentVanished", message=message)
+
+
+def _end(folder: Path, index: int) -> End:
+    """How an agent ended. One that left no word was ended from outside, and its peers fail of its absence."""
+    outcome, file = _outcome(folder, index), folder / f"outcome-{index}.json"
+    at = datetime.fromtimestamp(file.stat().st_mtime, UTC) if file.exists() else None
+    return End(outcome=outcome, index=index, at=at, taken=outcome.fault is FaultClass.POD)
 
 
 def _ended_at(folder: Path) -> datetime:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
-from headrace_api.run import CheckpointStatus, Condition, ConditionType, RunStatus, StageState, StageStatus
+from headrace_api.run import Condition, ConditionType, RunStatus, StageState, StageStatus
 from headrace_cli.attempts import LocalAttempts
 from headrace_cli.home import Outline, RunFolder
 from headrace_operator.brain.active_time import close
@@ -115,9 +115,8 @@ def _how_far(stored: RunStatus, attempt: Attempt | None) -> dict[str, object]:
     progress = attempt.progress if attempt is not None else None
     if attempt is None or progress is None:
         return {}
-    checkpoint = CheckpointStatus.model_validate(progress.checkpoint.model_dump()) if progress.checkpoint else None
     kept = stored.checkpoint if stored.stage == attempt.stage else None
-    return progress_columns(progress) | {"checkpoint": checkpoint or kept}
+    return progress_columns(progress) | {"checkpoint": progress.checkpoint or kept}
 
 
 def _conditions(stored: RunStatus, rest: Rest, *, now: datetime) -> list[Condition]:

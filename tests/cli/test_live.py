@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 
 from builders import START, ended, failed, make_run, seen, succeeded
-from headrace_api.contract import Progress, SavedCheckpoint
+from headrace_api.contract import Progress
 from headrace_api.faults import FaultClass
-from headrace_api.run import ConditionType, RunStatus, StageState
+from headrace_api.run import ConditionType, RunStatus, SavedCheckpoint, StageState
 from headrace_cli.live import Rest, as_it_is
 from headrace_operator.brain.observed import Attempt, AttemptState
 from headrace_operator.brain.plan import plan

@@ -11,9 +11,10 @@ from headrace_api.contract import Progress
 from headrace_api.faults import FaultClass, Outcome
 from headrace_operator.body.caches import Cache, Cluster, RefusalBook, RunKey
 from headrace_operator.body.kube import ApiError
-from headrace_operator.body.outcomes import NameTaken, explain_failure, explain_success, refusal_of
+from headrace_operator.body.outcomes import NameTaken, ends_of, refusal_of
 from headrace_operator.body.queue import Retry
 from headrace_operator.body.records import JobRecord, PodRecord, deployment_record, job_record, pod_record
+from headrace_operator.brain.endings import explain_failure, explain_success
 from headrace_operator.brain.observed import Attempt, AttemptState, Held, Refusal
 
 Json = dict[str, Any]
@@ -232,6 +233,15 @@ FAILURES: list[tuple[str, list[PodRecord], FaultClass | None, str]] = [
         "EvictionByEvictionAPI",
     ),
     (
+        "a rank that hangs before the peers that waited for it",
+        [
+            failed(0, words=say("process", "PeerLost"), ended=ago(9)),
+            failed(1, words=say("stall", "Stalled"), ended=ago(1)),
+        ],
+        FaultClass.STALL,
+        "Stalled",
+    ),
+    (
         "the first of equals",
         [failed(0, words=say("process", "Late"), ended=ago(1)), failed(1, words=say("process", "First"), ended=ago(9))],
         FaultClass.PROCESS,
@@ -251,20 +261,20 @@ FAILURES: list[tuple[str, list[PodRecord], FaultClass | None, str]] = [
 
 @pytest.mark.parametrize(("pods", "fault", "reason"), [f[1:] for f in FAILURES], ids=[f[0] for f in FAILURES])
 def test_what_explains_a_failure(pods: list[PodRecord], fault: FaultClass | None, reason: str) -> None:
-    outcome = explain_failure(pods)
+    outcome = explain_failure(ends_of(pods))
     assert (outcome.fault if outcome else None) == fault
     assert (outcome.reason if outcome else "") == reason
 
 
 def test_an_outcome_names_the_node() -> None:
-    outcome = explain_failure([failed(3)])
+    outcome = explain_failure(ends_of([failed(3)]))
     assert outcome is not None and outcome.node == "node-3"
 
 
 def test_the_pod_that_wrote_the_artifact_speaks_for_success() -> None:
     quiet = make_pod(0, phase="Succeeded", exit_code=0)
     writer = make_pod(1, phase="Succeeded", exit_code=0, words={"artifactDigest": "ab", "metrics": {"loss": 2.5}})
-    outcome = explain_success([quiet, writer])
+    outcome = explain_success(ends_of([quiet, writer]))
     assert outcome is not None and (outcome.artifact_digest, outcome.metrics) == ("ab", {"loss": 2.5})
     assert explain_success([]) is None
 

@@ -5,9 +5,8 @@ from datetime import timedelta
 import pytest
 
 from builders import STAGES, START, ended, failed, make_run, succeeded
-from headrace_api.contract import SavedCheckpoint
 from headrace_api.faults import FaultClass
-from headrace_api.run import ConditionType, StageState
+from headrace_api.run import ConditionType, SavedCheckpoint, StageState
 from headrace_operator.brain.observed import Attempt, AttemptState, Observed
 from headrace_operator.brain.plan import plan
 from plan.body import body

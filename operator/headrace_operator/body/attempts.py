@@ -10,8 +10,9 @@ from datetime import datetime, timedelta
 
 from headrace_api.contract import Progress
 from headrace_api.faults import FaultClass, Outcome, classify
-from headrace_operator.body.outcomes import explain_failure, explain_success, last_words
+from headrace_operator.body.outcomes import ends_of, last_words
 from headrace_operator.body.records import DeploymentRecord, JobRecord, PodRecord
+from headrace_operator.brain.endings import explain_failure, explain_success
 from headrace_operator.brain.observed import Attempt, AttemptState, Held
 
 LOST_AFTER = timedelta(seconds=30)
@@ -151,9 +152,11 @@ def job_state(
     if live and (removed or failing or any(pod.deleted_at is not None for pod in pods)):
         return AttemptState.STOPPING, None
     if failing or (job is not None and any(is_gone(pod) for pod in pods)):
-        return AttemptState.FAILED, explain_failure(pods) or classify(None, pod_reason=job.reason if job else "")
+        return AttemptState.FAILED, explain_failure(ends_of(pods)) or classify(
+            None, pod_reason=job.reason if job else ""
+        )
     if (job is not None and job.complete) or (removed and pods):
-        return AttemptState.SUCCEEDED, explain_success(pods)
+        return AttemptState.SUCCEEDED, explain_success(ends_of(pods))
     if job is None or job.deleted_at is not None:
         return AttemptState.STOPPING, None
     return (AttemptState.RUNNING if _running(pods) >= job.size else AttemptState.PENDING), None
@@ -185,7 +188,7 @@ def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tu
         return AttemptState.FAILED, hopeless
     if deployment.stuck and any(pod.restarts for pod in pods):
         late = Outcome(fault=FaultClass.PROCESS, reason="ProgressDeadlineExceeded", message=deployment.stuck)
-        return AttemptState.FAILED, explain_failure(pods) or late
+        return AttemptState.FAILED, explain_failure(ends_of(pods)) or late
     return AttemptState.PENDING, None
 
 

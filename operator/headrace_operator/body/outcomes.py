@@ -1,11 +1,9 @@
-"""Which of an attempt's pods explains how it ended, and what a refused start means. Pure.
+"""What Kubernetes says of ends and refusals, in the planner's words. Pure.
 
-In: the records of its pods. Out: one ``Outcome``. One fault of a gang makes many: peers lose their connections, the
-Job ends what is left. The explanation is the worst fault, and among equals the first.
+In: records of pods, errors of the API server. Out: ``Outcome`` and ``End`` values, among which the planner's room chooses.
 """
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable
 
 from pydantic import ValidationError
 
@@ -13,8 +11,10 @@ from headrace_api.faults import FaultClass, Outcome, classify
 from headrace_operator.body.kube import ApiError
 from headrace_operator.body.queue import Retry
 from headrace_operator.body.records import PodRecord
+from headrace_operator.brain.endings import End
 
-_NEVER = datetime.max.replace(tzinfo=UTC)
+_NEVER_MAY = frozenset({400, 403, 413, 422})
+"""HTTP statuses of a server that has understood, and will say the same again."""
 
 
 def last_words(pod: PodRecord) -> Outcome | None:
@@ -29,34 +29,13 @@ def last_words(pod: PodRecord) -> Outcome | None:
     return outcome if outcome.node is not None else outcome.model_copy(update={"node": pod.node})
 
 
-def explain_failure(pods: Sequence[PodRecord]) -> Outcome | None:
-    """The outcome of a failed attempt; None if no pod is left that says anything."""
-    ends = [(pod, outcome) for pod in pods if (outcome := last_words(pod)) is not None and outcome.fault is not None]
-    if not ends:
-        return None
-    return min(ends, key=lambda end: (_weight(*end), end[0].finished_at or _NEVER, end[0].index))[1]
-
-
-def explain_success(pods: Sequence[PodRecord]) -> Outcome | None:
-    """The outcome of an attempt that succeeded: what the pod says that wrote the artifact."""
-    ends = [(pod, outcome) for pod in pods if (outcome := last_words(pod)) is not None and outcome.fault is None]
-    if not ends:
-        return None
-    return min(ends, key=lambda end: (end[1].artifact_digest is None, end[0].index))[1]
-
-
-def _weight(pod: PodRecord, outcome: Outcome) -> int:
-    """Lower explains more. Bad data and dead storage say so themselves; after that a pod that was taken from outside,
-    for the others then fail of its absence."""
-    if outcome.fault is FaultClass.USER:
-        return 0
-    if outcome.fault is FaultClass.STORAGE:
-        return 1
-    return 2 if pod.disruption else 3
-
-
-_NEVER_MAY = frozenset({400, 403, 413, 422})
-"""HTTP statuses of a server that has understood, and will say the same again."""
+def ends_of(pods: Iterable[PodRecord]) -> list[End]:
+    """How those pods ended that have."""
+    return [
+        End(outcome=outcome, index=pod.index, at=pod.finished_at, taken=bool(pod.disruption))
+        for pod in pods
+        if (outcome := last_words(pod)) is not None
+    ]
 
 
 class NameTaken(Retry):

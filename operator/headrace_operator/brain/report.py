@@ -6,10 +6,10 @@ from datetime import datetime
 from headrace_api.contract import Progress
 from headrace_api.people import people_count, people_time
 from headrace_api.run import (
-    CheckpointStatus,
     Condition,
     ConditionType,
     RunStatus,
+    SavedCheckpoint,
     StageState,
     StageStatus,
     TrainingRun,
@@ -96,11 +96,11 @@ def _condition(
     return before.model_copy(update=said) if before is not None else Condition.model_validate({"type": kind, **said})
 
 
-def _checkpoint(run: TrainingRun, current: StageStatus | None, progress: Progress | None) -> CheckpointStatus | None:
+def _checkpoint(run: TrainingRun, current: StageStatus | None, progress: Progress | None) -> SavedCheckpoint | None:
     if current is None:
         return None
     if progress is not None and progress.checkpoint is not None:
-        return CheckpointStatus.model_validate(progress.checkpoint.model_dump())
+        return progress.checkpoint
     return run.status.checkpoint if run.status.stage == current.name else None
 
 

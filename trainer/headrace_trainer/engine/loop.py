@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from headrace_api.contract import SavedCheckpoint
+from headrace_api.run import SavedCheckpoint
 from headrace_api.stages.pretrain import Pretrain
 from headrace_trainer.engine.batches import Batches
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
