@@ -1,10 +1,18 @@
 """Memory of a rank against numbers that were worked out by hand. tests/trainer compares it with real tensors."""
 
+import copy
+from typing import Any
+
 import pytest
 
+from builders import manifest
+from headrace_api.errors import parse_run
 from headrace_api.model import PRESETS
 from headrace_api.parallelism import Layout
+from headrace_api.planning import estimate_pretrain
+from headrace_api.planning.fit import device_errors, vocab_size
 from headrace_api.planning.memory import Batches, Memory, fullest_rank, num_stage_parameters
+from headrace_api.run import TrainingRun
 from headrace_api.stages.pretrain import Precision
 
 LLAMA_7B = PRESETS["llama-7b"]
@@ -87,3 +95,70 @@ def test_tensor_ranks_share_norms_only_with_sequence_parallelism() -> None:
     axes = Layout(tensor=4, pipeline=1, data=1)
     more = memory(axes, sequence_parallel=False).activations - memory(axes).activations
     assert more == 2048 * (32 * 2 + 1) * (2 * 2 * 4096 * 3 // 4)
+
+
+def seven_billion(*, compute: dict[str, Any], **pretrain: Any) -> TrainingRun:
+    """A run that trains llama-7b in bf16 on one rank, unless it says otherwise."""
+    value = manifest()
+    base = value["spec"]["stages"][3]
+    base["compute"] = compute
+    base["pretrain"] |= {"model": {"preset": "llama-7b"}, "precision": "bf16", "parallelism": {}} | pretrain
+    value["spec"]["stages"][1]["tokenizer"]["vocabSize"] = VOCAB
+    return parse_run(value)
+
+
+def test_the_estimate_of_a_stage_is_that_of_its_fullest_rank() -> None:
+    stage = seven_billion(compute={"nodes": 8, "gpusPerNode": 8}, parallelism={"tensor": 4, "pipeline": 2}).spec.stages[
+        3
+    ]
+    assert stage.pretrain is not None
+    estimate = estimate_pretrain(stage.pretrain, num_ranks=stage.compute.world, vocab_size=VOCAB, on_gpus=True)
+    assert estimate.parameters == 6_738_415_616  # as published, with the vocabulary unpadded
+    assert estimate.data_ranks == 8
+    assert estimate.state_bytes_per_rank == 6 * FIRST_OF_TWO + 12 * FIRST_OF_TWO // 8 == 6_323_896_320
+    layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
+    assert estimate.activation_bytes_per_rank == 2 * 128 * 16 * layer  # two micro-batches of 128 tokens
+
+
+@pytest.mark.parametrize(
+    ("compute", "gpu_memory", "refused"),
+    [
+        ({"gpusPerNode": 1}, None, ""),
+        ({"gpusPerNode": 1}, 121_404_727_296, ""),  # 18 bytes for each of 6,744,707,072
+        ({"gpusPerNode": 1}, 121_404_727_295, "pretrain.parallelism"),
+        ({"gpusPerNode": 1, "memory": "1Gi"}, None, ""),
+        ({"memory": 121_404_727_296}, 1, ""),
+        ({"memory": 121_404_727_295}, None, "compute.memory"),
+        ({"ranksPerNode": 4, "memory": "200G"}, None, "compute.memory"),  # 6 bytes each, and 12 in four: 4 x 60.7 GB
+        ({"nodes": 4, "memory": "200G"}, None, ""),
+    ],
+)
+def test_a_state_that_is_larger_than_its_memory_is_refused(
+    compute: dict[str, Any], gpu_memory: int | None, refused: str
+) -> None:
+    errors = device_errors(seven_billion(compute=compute), gpu_memory=gpu_memory)
+    assert [e.field for e in errors] == ([f"spec.stages[3].{refused}"] if refused else [])
+
+
+def test_an_imported_vocabulary_is_not_guessed() -> None:
+    run = seven_billion(compute={})
+    pretrain = run.spec.stages[3].pretrain
+    assert pretrain is not None
+    assert vocab_size(run, pretrain) == VOCAB
+    value = run.dump()
+    value["spec"]["stages"][1]["tokenizer"] = {"import": {"uri": "/gpt2"}}
+    assert vocab_size(parse_run(value), pretrain) is None
+
+
+def test_the_vocabulary_is_that_of_the_shards_that_are_read() -> None:
+    value = manifest()
+    other = copy.deepcopy(value["spec"]["stages"][1:3])
+    other[0] |= {"name": "tok-2"}
+    other[0]["tokenizer"]["vocabSize"] = 300
+    other[1] |= {"name": "tokens-2"}
+    other[1]["shards"]["from"]["tokenizer"] = "tok-2"
+    value["spec"]["stages"][3:3] = other
+    value["spec"]["stages"][5]["pretrain"]["from"]["shards"] = "tokens-2"
+    run = parse_run(value)
+    pretrain = run.spec.stages[5].pretrain
+    assert pretrain is not None and vocab_size(run, pretrain) == 300

@@ -51,7 +51,7 @@ def estimate_pretrain(pretrain: Pretrain, *, num_ranks: int, vocab_size: int, on
         precision=pretrain.precision,
         batches=batches,
         fused=on_gpus,
-        sequence_parallel=on_gpus and pretrain.sequence_length % axes.tensor == 0,
+        sequence_parallel=pretrain.sequence_length % axes.tensor == 0,
     )
     return PretrainEstimate(
         parameters=parameters,
