@@ -8,7 +8,6 @@ import contextlib
 import gc
 import os
 import pickle
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from headrace_trainer import board
 from headrace_trainer.errors import StorageError
 from headrace_trainer.processes import die_with_parent
 
@@ -34,12 +34,18 @@ class Background(Generic[T]):
     def __init__(self, work: Callable[[], T], *, outbox: Path) -> None:
         self._outbox = outbox
         self._exit_code: int | None = None
+        self._counter = board.Counter()
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
-            _run(work, outbox, parent=parent)
+            _run(work, outbox, self._counter, parent=parent)
+
+    @property
+    def beats(self) -> int:
+        """Grows while the work moves on."""
+        return self._counter.beats
 
     @property
     def is_done(self) -> bool:
@@ -62,13 +68,6 @@ class Background(Generic[T]):
         result: T = outcome
         return result
 
-    def abandon(self) -> None:
-        """End it, whatever it has done so far."""
-        if not self.is_done:
-            os.kill(self._pid, signal.SIGKILL)
-            self._wait(0)
-        self._outbox.unlink(missing_ok=True)
-
     def _wait(self, options: int) -> bool:
         if self._exit_code is None:
             pid, status = os.waitpid(self._pid, options)
@@ -77,12 +76,13 @@ class Background(Generic[T]):
         return self._exit_code is not None
 
 
-def _run(work: Callable[[], Any], outbox: Path, *, parent: int) -> None:
+def _run(work: Callable[[], Any], outbox: Path, counter: board.Counter, *, parent: int) -> None:
     code = 1
     try:
         die_with_parent()
         if os.getppid() != parent:
             os._exit(code)
+        board.beat_on(counter)
         gc.disable()  # what the rank has on a GPU is not this process's to free
         torch.set_num_threads(1)  # the threads that OpenMP counts on were not forked
         outbox.write_bytes(pickle.dumps(_outcome(work)))

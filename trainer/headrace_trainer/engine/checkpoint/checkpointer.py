@@ -16,6 +16,7 @@ from typing import Any
 from headrace_api.artifact import ArtifactFile, canonical_digest
 from headrace_api.run import SavedCheckpoint
 from headrace_api.stages.pretrain import Checkpointing
+from headrace_trainer import board
 from headrace_trainer.engine.checkpoint.choice import Choice, choose
 from headrace_trainer.engine.checkpoint.files import CheckpointFiles
 from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest
@@ -155,10 +156,22 @@ class Checkpointer:
         """
         saved = None
         while self.is_saving:
-            while self._gang.sum([self.ready])[0] < self._gang.layout.world:
-                time.sleep(_POLL_SECONDS)
+            self._wait_until_ready()
             saved = self.advance()
         return saved
+
+    def _wait_until_ready(self) -> None:
+        """Wait for every rank's part; all beat as long as that of any moves on."""
+        assert self._saving is not None
+        seen, saving = -1.0, self._saving[1]
+        while True:
+            ready, beats = self._gang.sum([saving.ready, saving.beats])
+            if ready == self._gang.layout.world:
+                return
+            if beats != seen:
+                board.beat()
+            seen = beats
+            time.sleep(_POLL_SECONDS)
 
     def resume(self) -> Start:
         """Load the newest checkpoint that fits and can be loaded; none, where none was ever committed.

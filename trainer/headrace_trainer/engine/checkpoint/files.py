@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from headrace_api.artifact import ArtifactFile
+from headrace_trainer import board
 from headrace_trainer.artifacts import sha256_file
 from headrace_trainer.engine.checkpoint.manifest import CheckpointManifest
 from headrace_trainer.engine.parallel import Gang
@@ -77,5 +78,6 @@ class CheckpointFiles:
                     self._store.get_file(f"{self._prefix}{name}", path)
                 if sha256_file(path) == self._expected[name].sha256:
                     verified.touch()
+                    board.beat()
                     return True
         return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace_api.artifact import ArtifactFile
+from headrace_trainer import board
 from headrace_trainer.artifacts import sha256_file
 from headrace_trainer.engine.checkpoint.background import Background
 from headrace_trainer.engine.checkpoint.manifest import CheckpointManifest
@@ -64,8 +65,16 @@ class Saving:
     @property
     def ready(self) -> bool:
         """Whether this rank has done its part of what is to be done now."""
-        work = self._writing or self._committing
-        return work is None or work.is_done
+        return self._work is None or self._work.is_done
+
+    @property
+    def beats(self) -> int:
+        """Grows while this rank's part of it moves on."""
+        return 0 if self._work is None else self._work.beats
+
+    @property
+    def _work(self) -> Background[Share] | Background[CheckpointManifest | None] | None:
+        return self._writing or self._committing
 
     def advance(self) -> CheckpointManifest | None:
         """Go on to what is next; waits for ranks that are not ``ready``.
@@ -98,6 +107,7 @@ class Saving:
     def _write_and_upload(self) -> Share:
         """In a fork of each rank: write its file and upload it, with what rank 0 has to say."""
         written = self._write.write()
+        board.beat()
         if self._gang.is_first:
             for name, text in self._extras().items():
                 (self._staged / name).write_text(text)
@@ -111,6 +121,7 @@ class Saving:
 
     def _upload(self, path: Path) -> ArtifactFile:
         file = ArtifactFile(path=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
+        board.beat()
         self._checkpoints.store.put_file(self._checkpoints.key(self._name, path.name), path)
         return file
 
