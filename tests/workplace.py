@@ -98,7 +98,7 @@ class Workplace:
         )
         return path
 
-    def __call__(self, *words: str, timeout: float = 240) -> Done:
+    def __call__(self, *words: str, timeout: float = 600) -> Done:
         """Run ``headrace WORDS --home HOME``."""
         command = [str(HEADRACE), *words, *([] if words[0] == "validate" else ["--home", str(self.home)])]
         done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.env, timeout=timeout)

@@ -23,7 +23,7 @@ import yaml
 
 from headrace_api.run import RunStatus, TrainingRun, as_object
 from headrace_cli import records
-from headrace_cli.problem import Problem
+from headrace_cli.problem import ExitCode, Problem
 from headrace_cli.processes import started
 
 HOME = Path(".headrace")
@@ -185,7 +185,8 @@ class Lock:
         except FileNotFoundError:
             same = False
         if not same:
-            raise Gone(f"{self.folder.path}: was removed while the run used it; its processes were ended")
+            said = f"{self.folder.path}: was removed while the run used it; its processes were ended"
+            raise Gone(said, code=ExitCode.FAILED)
 
     def sign(self, text: str) -> None:
         """Say who holds the lock. On a full disk that stays unknown, and the lock holds all the same."""

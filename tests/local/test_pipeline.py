@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from workplace import STAGES, Workplace
+from workplace import HEADRACE, STAGES, Workplace
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +55,15 @@ def test_the_paths_that_the_end_names_are_there(headrace):
 
 
 def test_the_served_model_answers_over_http(headrace):
-    first = headrace("ask", "small", "The function", "--max-tokens", "12")
-    assert first.code == 0, first.err
-    assert first.out.startswith("The function")
-    assert len(first.out.rstrip("\n")) > len("The function")
-    assert headrace("ask", "small", "The function", "--max-tokens", "12").out == first.out
+    endpoint = headrace.status()["endpoint"]
+    body = {"model": "small/ship", "prompt": "The function", "max_tokens": 12, "temperature": 0}
+    request = urllib.request.Request(
+        f"{endpoint}/v1/completions", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        text = json.load(answer)["choices"][0]["text"]
+    done = headrace("ask", "small", "The function", "--max-tokens", "12")
+    assert (done.code, done.out) == (0, f"The function{text}\n"), done.err
 
 
 def test_a_second_run_starts_nothing(headrace):
@@ -75,10 +82,53 @@ def test_status_is_the_object_that_a_custom_resource_would_hold(headrace):
 
 def test_plan_says_what_a_run_would_do(headrace):
     rows = json.loads(headrace("plan", "run.yaml", "-o", "json").out)
-    assert {r["stage"]: r["action"] for r in rows} == {n: "run" if n == "serve" else "skip" for n in STAGES}
+    assert {r["stage"]: r["action"] for r in rows} == {n: "keep" if n == "serve" else "skip" for n in STAGES}
     base = next(r for r in rows if r["stage"] == "base")
     assert base["parameters"] == headrace.stage("base")["metrics"]["parameters"]
     assert base["steps"] == 40
+
+
+def test_ask_reaches_this_runs_server_wherever_it_is_and_no_other(headrace):
+    """Its server dies, another one takes the port, and the next server of this run gets another port."""
+    before = headrace.status()["endpoint"]
+    for process in headrace.processes():
+        process.kill()
+    headrace.wait_for(lambda: headrace.processes() == [])
+    program = (
+        "import http.server, json, sys\n"
+        "class Other(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "        self.wfile.write(json.dumps({'data': [{'id': 'other/ship'}], 'choices': [{'text': 'x'}]}).encode())\n"
+        "    do_POST = do_GET\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Other).serve_forever()\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, before.rpartition(":")[2]], stderr=subprocess.DEVNULL)
+    try:
+        dead = headrace("ask", "small", "The function")
+        assert dead.code == 1
+        assert f"no server of it is running; start it with headrace run {headrace.folder / 'run.yaml'}" in dead.err
+        seen = json.loads(headrace("status", "small", "-o", "json").out)
+        assert (seen["summary"], seen.get("endpoint")) == ("Interrupted", None)
+        assert headrace("run", "run.yaml").code == 0
+        after = headrace.status()["endpoint"]
+        assert after != before
+        alive = headrace("ask", "small", "The function", "--max-tokens", "4")
+        assert (alive.code, alive.err) == (0, "")
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_stop_clears_what_was_served(headrace):
+    assert "stopped serve" in headrace("stop", "small").out
+    status = headrace.status()
+    assert (status["summary"], status.get("endpoint")) == ("Suspended", None)
+    assert [s.get("endpoint") for s in status["stages"]] == [None] * len(STAGES)
+    assert headrace.processes() == []
+    assert "start it with headrace run" in headrace("ask", "small", "The function").err
+    rows = json.loads(headrace("plan", "run.yaml", "-o", "json").out)
+    assert [r["stage"] for r in rows if r["action"] == "run"] == ["serve"]
 
 
 def test_logs_show_what_a_stage_wrote(headrace):
@@ -116,10 +166,6 @@ def test_an_edited_stage_runs_again_and_the_ones_before_it_do_not(headrace):
 def test_init_writes_a_manifest_that_is_valid(headrace):
     done = headrace("validate", str(headrace.folder / "run.yaml"))
     assert done.code == 0
-    import subprocess
-
-    from workplace import HEADRACE
-
     made = subprocess.run([HEADRACE, "init", "new.yaml"], cwd=headrace.folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert headrace("validate", "new.yaml").code == 0
