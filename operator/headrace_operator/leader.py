@@ -1,22 +1,35 @@
 """Leadership by a Lease: one replica acts, the others wait.
 
 In: the Lease's name and this replica's. Out: ``acquire`` returns when this replica leads, ``hold`` when it no longer
-does. Another replica takes over when the Lease has not changed for its duration by that replica's own clock, so clocks
-need not agree. ``hold`` gives up well before: the old leader has stopped when the new one starts.
+does, ``leads`` says at any time whether it may still act. Another replica takes over when the Lease has not changed for
+its duration by that replica's own clock, so clocks need not agree.
+
+The arithmetic, by default: a leader that was renewed at 0 s stops acting at 7 s (``give_up_seconds``). Another replica
+reads the Lease every 2 s, so it sees that renewal by 2 s, and leads 10 s after it has seen it: between 10 s and 12 s.
+A Lease that is deleted changes nothing of that: the leader makes it again when it renews next, and the others wait for
+its duration before they do.
 """
 
 import asyncio
 import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import aiohttp
 
-from headrace_operator.body.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.kube import ApiError, Kube, Raw, path, words
 
 logger = logging.getLogger(__name__)
 
 _MISSES = (ApiError, aiohttp.ClientError, TimeoutError)
+
+
+def _now() -> float:
+    """Seconds that pass while the process is stopped and while the machine sleeps, too."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,110 +39,161 @@ class LeaseSettings:
     namespace: str
     name: str
     identity: str
-    duration_seconds: float = 15.0
-    give_up_seconds: float = 10.0
-    """How long the leader goes on without renewing."""
+    duration_seconds: float = 10.0
+    give_up_seconds: float = 7.0
+    """How long the leader acts without having renewed."""
     retry_seconds: float = 2.0
+    """Between two renewals, or two looks at another's Lease."""
+    request_seconds: float = 2.5
+    """How long one request may take: two fail before the leader gives up."""
 
 
 class Leadership:
     """This replica's claim to a Lease."""
 
-    def __init__(self, kube: Kube, settings: LeaseSettings) -> None:
-        self._kube, self._settings = kube, settings
-        self._seen: tuple[str, float] = ("", 0.0)
-        """The Lease's resourceVersion, and when it was first seen, by this process' clock."""
+    def __init__(self, kube: Kube, settings: LeaseSettings, *, clock: Callable[[], float] = _now) -> None:
+        self._kube, self._settings, self._clock = kube, settings, clock
+        self._seen: tuple[str, float] | None = None
+        """The Lease's resourceVersion, empty where there is none, and when it was first seen."""
+        self._free_at = float("inf")
+        """When another's Lease may be taken, if it does not change."""
+        self._until = float("-inf")
+        """When this replica stops acting unless it renews."""
+
+    def leads(self) -> bool:
+        """Whether this replica may act; false at once after it was stopped for long."""
+        return self._clock() < self._until
 
     async def acquire(self) -> None:
         """Wait until this replica leads."""
-        while not await self._try():
-            await asyncio.sleep(self._settings.retry_seconds)
+        while not await self._try(self._claim):
+            await asyncio.sleep(self._seconds_to_next_look())
         logger.info("%s leads", self._settings.identity)
 
     async def hold(self) -> None:
         """Renew until that fails for too long, or another replica leads."""
-        loop = asyncio.get_running_loop()
-        renewed = loop.time()
-        while loop.time() - renewed < self._settings.give_up_seconds:
-            await asyncio.sleep(self._settings.retry_seconds)
-            began = loop.time()
-            claimed = await self._try(patience=renewed + self._settings.give_up_seconds - began)
-            if claimed is False:
+        pause = self._settings.retry_seconds
+        while True:
+            await asyncio.sleep(pause)
+            claimed = await self._try(self._renew) if self.leads() else False
+            if claimed is False or not self.leads():
                 break
-            renewed = began if claimed else renewed
+            pause = self._settings.retry_seconds / (1 if claimed else 4)
+        self._until = float("-inf")
         logger.error("%s has lost the Lease %s", self._settings.identity, self._settings.name)
 
     async def release(self) -> None:
-        """Let the next replica lead at once."""
+        """Let the next replica lead at once; to be called when nothing acts any more."""
+        self._until = float("-inf")
         try:
-            lease = await self._kube.get(self._address())
-            if lease["spec"].get("holderIdentity") == self._settings.identity:
-                await self._write(lease, {"holderIdentity": "", "leaseDurationSeconds": 1})
+            async with asyncio.timeout(self._settings.request_seconds):
+                lease = await self._read()
+                if lease is not None and _holder(lease) == self._settings.identity:
+                    await self._write(lease, {"holderIdentity": "", "leaseDurationSeconds": 1})
         except _MISSES as error:
-            logger.warning("the Lease was not released: %s", error)
+            logger.warning("the Lease was not released: %s", words(error))
 
-    async def _try(self, *, patience: float | None = None) -> bool | None:
-        """Whether this replica leads now; None if the API server did not say."""
+    async def _try(self, claim: Callable[[], Awaitable[bool]]) -> bool | None:
+        """Whether this replica leads now; None if nobody can say. Whatever goes wrong, it is not a win."""
+        began = self._clock()
         try:
-            async with asyncio.timeout(patience):
-                return await self._claim()
+            async with asyncio.timeout(self._settings.request_seconds):
+                claimed = await claim()
         except _MISSES as error:
-            logger.warning("the Lease %s: %s", self._settings.name, error or type(error).__name__)
+            logger.warning("the Lease %s: %s", self._settings.name, words(error))
             return None
+        except Exception:
+            logger.exception("the Lease %s", self._settings.name)
+            return None
+        if claimed:
+            self._until = began + self._settings.give_up_seconds
+        return claimed
 
     async def _claim(self) -> bool:
-        try:
-            lease = await self._kube.get(self._address())
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            await self._create()
-            return True
-        if not may_claim(lease, self._settings.identity, unchanged_seconds=self._unchanged(lease)):
+        """Take the Lease if it is free, or has not changed for its duration; one that is missing, likewise."""
+        lease = await self._read()
+        seen_at = self._see(lease)
+        self._free_at = seen_at + (duration_of(lease) if lease is not None else self._settings.duration_seconds)
+        if self._clock() < self._free_at and (lease is None or _holder(lease) not in ("", self._settings.identity)):
+            return False
+        if lease is None:
+            return await self._create()
+        await self._write(lease, self._claimed(lease))
+        return True
+
+    async def _renew(self) -> bool:
+        """Renew the Lease; make it again if it is missing. Nobody else does that while it is held."""
+        lease = await self._read()
+        if lease is None:
+            return await self._create()
+        if _holder(lease) != self._settings.identity:
             return False
         await self._write(lease, self._claimed(lease))
         return True
 
-    def _unchanged(self, lease: Raw) -> float:
-        version, now = lease["metadata"]["resourceVersion"], asyncio.get_running_loop().time()
-        if self._seen[0] != version:
-            self._seen = (version, now)
-        return now - self._seen[1]
+    def _see(self, lease: Raw | None) -> float:
+        """When the Lease was first seen as it is."""
+        version = lease["metadata"]["resourceVersion"] if lease is not None else ""
+        if self._seen is None or self._seen[0] != version:
+            self._seen = (version, self._clock())
+        return self._seen[1]
+
+    def _seconds_to_next_look(self) -> float:
+        """The usual time, or less if the Lease may be free before."""
+        usual = self._settings.retry_seconds * random.uniform(0.8, 1)
+        return min(usual, max(0.1, self._free_at - self._clock()))
 
     def _claimed(self, lease: Raw) -> Raw:
-        spec, now = lease.get("spec", {}), _micro_time()
+        spec, now = lease.get("spec") or {}, _micro_time()
         renewed = {
             "holderIdentity": self._settings.identity,
             "leaseDurationSeconds": int(self._settings.duration_seconds),
             "renewTime": now,
         }
-        if spec.get("holderIdentity") == self._settings.identity:
+        if _holder(lease) == self._settings.identity:
             return renewed
-        return {**renewed, "acquireTime": now, "leaseTransitions": spec.get("leaseTransitions", 0) + 1}
+        return {**renewed, "acquireTime": now, "leaseTransitions": (spec.get("leaseTransitions") or 0) + 1}
 
-    async def _create(self) -> None:
+    async def _read(self) -> Raw | None:
+        try:
+            return await self._kube.get(self._address())
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return None
+
+    async def _create(self) -> bool:
+        """Make the Lease; False if another replica was faster."""
         body = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
             "metadata": {"name": self._settings.name, "namespace": self._settings.namespace},
             "spec": self._claimed({}),
         }
-        await self._kube.request("POST", path("Lease", namespace=self._settings.namespace), body=body)
+        try:
+            await self._kube.request("POST", path("Lease", namespace=self._settings.namespace), body=body)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            return False
+        return True
 
     async def _write(self, lease: Raw, changes: Raw) -> None:
         """Replace the Lease as it was read: if another replica was faster, the API server refuses."""
-        body = {**lease, "spec": {**lease.get("spec", {}), **changes}}
+        body = {**lease, "spec": {**(lease.get("spec") or {}), **changes}}
         await self._kube.request("PUT", self._address(), body=body)
 
     def _address(self) -> str:
         return path("Lease", namespace=self._settings.namespace, name=self._settings.name)
 
 
-def may_claim(lease: Raw, identity: str, *, unchanged_seconds: float) -> bool:
-    """Whether a Lease is this replica's, nobody's, or no longer renewed."""
-    spec = lease.get("spec", {})
-    holder = spec.get("holderIdentity") or ""
-    return holder in ("", identity) or unchanged_seconds > spec.get("leaseDurationSeconds", 0)
+def _holder(lease: Raw) -> str:
+    return str((lease.get("spec") or {}).get("holderIdentity") or "")
+
+
+def duration_of(lease: Raw) -> float:
+    """For how long a Lease is held without being renewed."""
+    return float((lease.get("spec") or {}).get("leaseDurationSeconds") or 0)
 
 
 def _micro_time() -> str:

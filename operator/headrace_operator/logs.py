@@ -30,3 +30,5 @@ def configure(*, level: str, style: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("kopf", "aiohttp", "asyncio", "kubernetes"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns that it does not hear the process' signals, which are ours.
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)

@@ -1,19 +1,18 @@
 """The operator's process: ``python -m headrace_operator.main``.
 
-Every replica serves health and metrics. The one that holds the Lease watches and reconciles, until it is told to stop
-or loses the Lease; a lost Lease ends the process, so that two never act at once.
+Every replica serves health and metrics, and watches, so that each is ready to act. The one that holds the Lease
+reconciles. One that loses it stops acting and waits for it like the others: nothing of what it had begun is left then,
+and until then each of its changes is refused here (``Kube.fenced``).
 """
 
 import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import aiohttp
-import kopf
 from aiohttp import web
 from kubernetes.aio.config import ConfigException
 
@@ -21,10 +20,12 @@ from headrace_operator import logs, metrics
 from headrace_operator.body import watch
 from headrace_operator.body.apply import Writer
 from headrace_operator.body.caches import Cluster, RunKey
-from headrace_operator.body.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.kube import ApiError, Kube, Raw, path, words
 from headrace_operator.body.queue import WorkQueue
 from headrace_operator.body.reconcile import Reconciler
-from headrace_operator.body.runs import Runs, key_of
+from headrace_operator.body.run_watch import RunWatch
+from headrace_operator.body.runs import Runs, uid_of
+from headrace_operator.body.store import Store
 from headrace_operator.leader import Leadership, LeaseSettings
 from headrace_operator.progress import ProgressEndpoint, TokenReviews
 from headrace_operator.settings import Settings
@@ -36,131 +37,176 @@ LEADER_LABEL = "headrace.dev/leader"
 """The Service for progress selects the pod that carries it."""
 
 
+class Term:
+    """What one leadership needs: made when it begins, dropped when it ends."""
+
+    def __init__(self, operator: "Operator") -> None:
+        writes = operator.kube.fenced(operator.leadership.leads)
+        self.reconciler = Reconciler(
+            runs=operator.runs,
+            runtimes=operator.runtimes,
+            cluster=operator.cluster,
+            writer=Writer(writes, cluster=operator.cluster, runs=operator.runs),
+            progress_url=operator.settings.progress_url,
+        )
+        self.queue: WorkQueue[RunKey] = WorkQueue(self.reconciler)
+
+
 class Operator:
     """The parts of one replica, wired together."""
 
     def __init__(self, settings: Settings, kube: Kube) -> None:
-        self._settings, self._kube = settings, kube
-        self._runs, self._runtimes, self._cluster = Runs(), dict[str, Raw](), Cluster()
-        self._stop = asyncio.Event()
-        self._synced = False
-        self._leading = False
-        self._reconciler = Reconciler(
-            runs=self._runs,
-            runtimes=self._runtimes,
-            cluster=self._cluster,
-            writer=Writer(kube, cluster=self._cluster, runs=self._runs),
-            progress_url=settings.progress_url,
-        )
-        self._queue: WorkQueue[RunKey] = WorkQueue(self._reconciler)
+        self.settings, self.kube = settings, kube
+        self.runs, self.runtimes, self.cluster = Runs(), Store[str, Raw](), Cluster()
         lease = LeaseSettings(namespace=settings.namespace, name=settings.lease, identity=settings.identity)
-        self._leadership = Leadership(kube, lease)
-        metrics.QUEUE_DEPTH.set_function(lambda: len(self._queue))
-        metrics.register_runs(lambda: self._runs, lambda raw: self._cluster.progress.of_run(key_of(raw)))
+        self._lease_kube = kube.apart(pool_size=2)
+        self.leadership = Leadership(self._lease_kube, lease)
+        self._term: Term | None = None
+        """Set while this replica acts."""
+        self._stop = asyncio.Event()
+        self._run_watch = RunWatch(
+            kube=kube, runs=self.runs, notify=self._notify, forget=self._forget, identity=settings.identity
+        )
+        self._reflectors = watch.reflectors(
+            kube, cluster=self.cluster, runs=self.runs, runtimes=self.runtimes, notify=self._notify
+        )
+        self._label = LeaderLabel(kube, settings)
+        metrics.QUEUE_DEPTH.set_function(lambda: len(self._term.queue) if self._term is not None else 0)
+        metrics.LEADER.set_function(self.leadership.leads)
 
     async def run(self) -> bool:
         """Run until told to stop; False if something else ended it."""
         self._listen_to_signals()
         server = await self._serve()
-        try:
-            await self._show_leadership(False)
-            if not await self._unless_stopped(self._leadership.acquire()):
-                return True
-            self._leading = True
-            metrics.LEADER.set(1)
-            return await self._lead(server)
-        finally:
-            await server.cleanup()
-
-    async def _lead(self, server: web.AppRunner) -> bool:
-        """Everything that only the leader does. The tasks that may write end before the Lease is let go."""
-        acting = [
-            asyncio.create_task(self._leadership.hold(), name="lease"),
-            *(asyncio.create_task(r.run(), name=f"watch {r.kind}") for r in self._reflectors()),
-            asyncio.create_task(self._work(), name="work"),
-            asyncio.create_task(self._show_leadership(True), name="label"),
+        tasks = [
+            asyncio.create_task(self._run_watch.run(), name="watch TrainingRun"),
+            *(asyncio.create_task(r.run(), name=f"watch {r.kind}") for r in self._reflectors),
+            asyncio.create_task(self._label.run(), name="label"),
+            asyncio.create_task(self._terms(), name="terms"),
             asyncio.create_task(self._stop.wait(), name="stop"),
         ]
-        ended = await _first_ended(acting, ignored={"label"})
-        self._leading = False
-        metrics.LEADER.set(0)
+        ended = await _first_ended(tasks)
         await server.cleanup()
-        self._stop.set()
-        await _cancel(acting)
-        if ended == "stop":
-            await self._leadership.release()
+        await _cancel(tasks)
+        if self.leadership.leads():
+            await self.leadership.release()
+        await self._lease_kube.close()
         return ended == "stop"
 
-    def _reflectors(self) -> tuple[watch.Reflector, ...]:
-        self._watches = watch.reflectors(
-            self._kube, cluster=self._cluster, runs=self._runs, runtimes=self._runtimes, notify=self._queue.add
-        )
-        return self._watches
+    async def _terms(self) -> None:
+        """Lead whenever that is possible. A term is over when nothing of it acts any more."""
+        while True:
+            await self.leadership.acquire()
+            acting = [
+                asyncio.create_task(self.leadership.hold(), name="lease"),
+                asyncio.create_task(self._act(), name="work"),
+            ]
+            try:
+                ended = await _first_ended(acting)
+            finally:
+                self._term = None
+                self._label.show(False)
+                await _cancel(acting)
+            if ended != "lease":
+                raise RuntimeError("the work queue has ended")
 
-    async def _work(self) -> None:
-        """Watch runs, and work on them once their children are known: before that, every attempt would look lost."""
-        await watch.wait_for_definitions(self._kube)
-        for reflector in self._watches:
+    async def _act(self) -> None:
+        """Work on runs once they and their children are known: before that, every attempt would look lost.
+
+        What was known when another replica led may be old: runs are listed again. Children need not be, for their names
+        are the attempts', and the runs' statuses say which of those there should be.
+        """
+        self.cluster.progress.clear()
+        self.cluster.refusals.clear()
+        for reflector in self._reflectors:
             await reflector.synced.wait()
-        self._synced = True
-        logger.info("watching; %d jobs, %d pods", len(self._cluster.jobs), len(self._cluster.pods))
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._queue.run(num_workers=self._settings.workers), name="queue")
-            group.create_task(self._watch_runs(), name="kopf")
-
-    async def _watch_runs(self) -> None:
-        before = asyncio.all_tasks()
-        handlers = watch.registry(self._kube, runs=self._runs, notify=self._queue.add, forget=self._reconciler.forget)
-        tasks = await kopf.spawn_tasks(
-            registry=handlers,
-            settings=watch.settings(),
-            # Else kopf asks for the user's name, and an id that a cluster gives out has none.
-            identity=cast(Any, self._settings.identity),
-            standalone=True,
-            clusterwide=True,
-            stop_flag=self._stop,
+        await self._run_watch.resync_surely()
+        self._term = term = Term(self)
+        self._label.show(True)
+        for key in self.runs:
+            term.queue.add(key)
+        logger.info(
+            "acting on %d runs; %d jobs, %d pods", len(self.runs), len(self.cluster.jobs), len(self.cluster.pods)
         )
-        self._listen_to_signals()  # kopf has taken them
-        await kopf.run_tasks(tasks, ignored=before)
+        await term.queue.run(num_workers=self.settings.workers)
+
+    def _notify(self, key: RunKey) -> None:
+        if self._term is not None:
+            self._term.queue.add(key)
+
+    def _notify_in_its_turn(self, key: RunKey, run_uid: str) -> None:
+        if self._term is not None and (seconds := self._term.reconciler.seconds_to_progress(run_uid)) is not None:
+            self._term.queue.add_after(key, seconds)
+
+    def _forget(self, key: RunKey, run_uid: str) -> None:
+        self.cluster.progress.forget(run_uid)
+        if self._term is not None:
+            self._term.reconciler.forget(key, run_uid)
+
+    def _led_runs(self) -> list[metrics.RunAndReports]:
+        """The runs whose figures this replica tells: only one replica does."""
+        if self._term is None:
+            return []
+        known = [raw for key in self.runs if (raw := self.runs.get(key)) is not None]
+        return [(raw, self.cluster.progress.of_run(uid_of(raw))) for raw in known]
+
+    def _is_synced(self) -> bool:
+        return all(reflector.synced.is_set() for reflector in self._reflectors)
 
     async def _serve(self) -> web.AppRunner:
-        reviews = TokenReviews(self._kube)
+        reviews = TokenReviews(self.kube)
         progress = ProgressEndpoint(
-            reviews, cluster=self._cluster, notify=self._queue.add, leads=lambda: self._leading and self._synced
+            reviews,
+            cluster=self.cluster,
+            news=self._notify,
+            figures=self._notify_in_its_turn,
+            leads=lambda: self._term is not None,
         )
-        app = application(progress, ready=lambda: self._synced or not self._leading)
-        return await serve(app, host=self._settings.host, port=self._settings.port)
-
-    async def _show_leadership(self, leads: bool) -> None:
-        """Label this replica's pod, so that the Service sends reports to the leader; tries until it has succeeded."""
-        if self._settings.pod is None:
-            return
-        address = path("Pod", namespace=self._settings.namespace, name=self._settings.pod)
-        body = {"metadata": {"labels": {LEADER_LABEL: "true" if leads else None}}}
-        while True:
-            try:
-                await self._kube.request("PATCH", address, body=body, content_type="application/merge-patch+json")
-                return
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.warning("labelling pod %s: %s", self._settings.pod, error or type(error).__name__)
-                await asyncio.sleep(2)
-
-    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Whether some work was done before the process was told to stop."""
-        tasks = [asyncio.create_task(work, name="wait"), asyncio.create_task(self._stop.wait(), name="stop")]
-        ended = await _first_ended(tasks)
-        await _cancel(tasks)
-        return ended == "wait"
+        app = application(progress, ready=self._is_synced, runs=self._led_runs)
+        return await serve(app, host=self.settings.host, port=self.settings.port)
 
     def _listen_to_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
 
 
-async def _first_ended(tasks: list[asyncio.Task[Any]], *, ignored: frozenset[str] | set[str] = frozenset()) -> str:
+class LeaderLabel:
+    """Labels this replica's pod, so that the Service sends reports to the leader."""
+
+    def __init__(self, kube: Kube, settings: Settings) -> None:
+        self._kube, self._settings = kube, settings
+        self._leads = False
+        self._changed = asyncio.Event()
+        self._changed.set()  # a container that was started again may find its predecessor's label
+
+    def show(self, leads: bool) -> None:
+        """Have the label say whether this replica leads."""
+        self._leads = leads
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write the label whenever it is to change, as often as that takes."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._settings.pod is not None and not await self._write(self._settings.pod, leads=self._leads):
+                self._changed.set()
+                await asyncio.sleep(2)
+
+    async def _write(self, pod: str, *, leads: bool) -> bool:
+        address = path("Pod", namespace=self._settings.namespace, name=pod)
+        body = {"metadata": {"labels": {LEADER_LABEL: "true" if leads else None}}}
+        try:
+            await self._kube.request("PATCH", address, body=body, content_type="application/merge-patch+json")
+        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+            logger.warning("labelling pod %s: %s", pod, words(error))
+            return False
+        return True
+
+
+async def _first_ended(tasks: list[asyncio.Task[Any]]) -> str:
     """The name of the task that ended first; says why if it failed."""
-    waited = [t for t in tasks if t.get_name() not in ignored]
-    done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         if not task.cancelled() and task.exception() is not None:
             logger.error("%s failed", task.get_name(), exc_info=task.exception())

@@ -1,22 +1,27 @@
 """What Prometheus reads of the operator and of every run.
 
-Work is counted where it happens; figures of runs are made from statuses and reports at each scrape, so they cannot
-drift from what ``kubectl`` shows and vanish with their run. Names carry base units; labels are namespace, run, stage.
+Work is counted where it happens. Figures of runs are made from statuses and reports, so they cannot drift from what
+``kubectl`` shows and vanish with their run; those of progress vanish when the attempt ends. Each run's lines are made
+anew only when it has changed, and in a thread: ten thousand runs are some hundred thousand lines.
+Names carry base units; labels are namespace, run, stage, and a few words of which each stage has a bounded number.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
+from math import isfinite
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector
 
 from headrace_api.contract import Progress
+
+logger = logging.getLogger(__name__)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and nobody asks for them
 REGISTRY = CollectorRegistry()
@@ -45,120 +50,189 @@ PROGRESS_REPORTS = Counter(
 )
 LEADER = Gauge("headrace_operator_leader", "1 while this replica leads.", registry=REGISTRY)
 
-RUN = ("namespace", "run")
-STAGE = ("namespace", "run", "stage")
+Info("headrace_build", "The operator's version.", registry=REGISTRY).info({"version": version("headrace")})
 
 
-def register_runs(
-    statuses: Callable[[], Iterable[dict[str, Any]]], reports: Callable[[dict[str, Any]], Iterable[Progress]]
-) -> None:
-    """Serve figures of all runs.
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A metric of runs."""
 
-    Args:
-        statuses: every TrainingRun, as the API server has it.
-        reports: the newest report of each attempt of a run.
-    """
-    Info("headrace_build", "The operator's version.", registry=REGISTRY).info({"version": version("headrace")})
-    REGISTRY.register(RunCollector(statuses, reports))
+    name: str
+    help: str
+    kind: str = "gauge"
 
-
-class RunCollector(Collector):
-    """Figures of all runs."""
-
-    def __init__(
-        self,
-        statuses: Callable[[], Iterable[dict[str, Any]]],
-        reports: Callable[[dict[str, Any]], Iterable[Progress]],
-    ) -> None:
-        self._statuses, self._reports = statuses, reports
-
-    def collect(self) -> Iterator[Metric]:
-        """All series, from the present statuses."""
-        families = Families()
-        for raw in self._statuses():
-            families.add_run(raw)
-            for report in self._reports(raw):
-                families.add_report(raw, report)
-        yield from families.all()
+    @property
+    def header(self) -> bytes:
+        """The lines above its samples."""
+        return f"# HELP {self.name} {self.help}\n# TYPE {self.name} {self.kind}\n".encode()
 
 
-class Families:
-    """The metrics of runs, filled one run at a time."""
+INFO = Family("headrace_run_info", "A run; always 1.")
+CONDITION = Family("headrace_run_condition", "1 if a condition has this status.")
+RESTARTS = Family("headrace_run_restarts_total", "Restarts, by whose fault.", "counter")
+STATE = Family("headrace_stage_state", "1 for the state that a stage is in.")
+ATTEMPT = Family("headrace_stage_attempt", "Number of the newest attempt.")
+DURATION = Family("headrace_stage_duration_seconds", "From first start to end, of ended stages.")
+RESULT = Family("headrace_stage_result", "A figure that a stage ended with.")
+DONE = Family("headrace_stage_done", "Finished units of the running attempt.")
+PLANNED = Family("headrace_stage_planned", "Units that the running attempt has to do.")
+LOSS = Family("headrace_stage_loss", "Newest training loss, in nats a token.")
+TOKENS = Family("headrace_stage_tokens_per_second", "Newest throughput of all ranks.")
+REMAINING = Family("headrace_stage_remaining_seconds", "Time left at the present speed.")
+CHECKPOINT_STEP = Family("headrace_stage_checkpoint_step", "Step of the newest checkpoint.")
+CHECKPOINT_TIME = Family("headrace_stage_checkpoint_timestamp_seconds", "When it was committed.")
+REPORT_TIME = Family("headrace_stage_last_report_timestamp_seconds", "When the newest report was made.")
+FAMILIES = (
+    *(INFO, CONDITION, RESTARTS, STATE, ATTEMPT, DURATION, RESULT),
+    *(DONE, PLANNED, LOSS, TOKENS, REMAINING, CHECKPOINT_STEP, CHECKPOINT_TIME, REPORT_TIME),
+)
+
+MAX_RESULTS = 32
+"""Figures of one stage that become series; a stage with more has made names of its data."""
+_MAX_NAME = 64
+_ENDED = frozenset({"Succeeded", "Failed", "Suspended"})
+_UNFIT = (AttributeError, KeyError, TypeError, ValueError)
+
+Lines = dict[Family, bytes]
+RunAndReports = tuple[dict[str, Any], tuple[Progress, ...]]
+"""A TrainingRun as the API server has it, and its newest reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The lines of one status, or of one report, and what they were made of."""
+
+    source: Any
+    lines: Lines
+    live: frozenset[tuple[str, int]] = frozenset()
+    """Stage and attempt of the reports that are about something that has not ended."""
+
+
+@dataclass
+class RunFigures:
+    """The lines of all runs. One thread at a time."""
+
+    _statuses: dict[str, _Part] = field(default_factory=dict)
+    """uid of a run -> the lines of its status."""
+    _reports: dict[tuple[str, str], _Part] = field(default_factory=dict)
+    """uid of a run, stage -> the lines of its newest report."""
+
+    def render(self, runs: Sequence[RunAndReports]) -> Iterator[bytes]:
+        """The lines, one piece for each metric."""
+        parts = list(self._parts(runs))
+        for family in FAMILIES:
+            yield b"".join([family.header, *(lines[family] for lines in parts if family in lines)])
+
+    def _parts(self, runs: Sequence[RunAndReports]) -> Iterator[Lines]:
+        statuses, reports = self._statuses, self._reports
+        self._statuses, self._reports = {}, {}
+        for raw, told in runs:
+            uid = raw["metadata"]["uid"]
+            part = statuses.get(uid)
+            if part is None or part.source is not raw:
+                part = status_part(raw)
+            self._statuses[uid] = part
+            yield part.lines
+            for report in told:
+                if (report.stage, report.attempt) not in part.live:
+                    continue
+                made = reports.get((uid, report.stage))
+                if made is None or made.source is not report:
+                    made = _Part(report, report_lines(raw, report))
+                self._reports[uid, report.stage] = made
+                yield made.lines
+
+
+def status_part(raw: dict[str, Any]) -> _Part:
+    """The lines of a run's status; none of one that another version wrote in a way that is not known here."""
+    lines, run = _Writer(), _run_labels(raw)
+    try:
+        _write_run(lines, run, raw)
+        stages = raw.get("status", {}).get("stages", [])
+        live = frozenset((s["name"], s.get("attempt", 0)) for s in stages if s.get("state") not in _ENDED)
+    except _UNFIT as error:
+        logger.debug("figures of %s: %r", run, error)
+        return _Part(raw, {})
+    return _Part(raw, lines.joined(), live)
+
+
+def report_lines(raw: dict[str, Any], report: Progress) -> Lines:
+    """The lines of what an attempt reported last."""
+    lines, stage = _Writer(), f'{_run_labels(raw)},stage="{escape(report.stage)}"'
+    counted = f'{stage},unit="{escape(report.unit)}"'
+    lines.add(DONE, counted, report.done)
+    lines.add(REPORT_TIME, stage, report.time.timestamp())
+    for family, labels, value in (
+        (PLANNED, counted, report.total),
+        (LOSS, stage, report.loss),
+        (TOKENS, stage, report.tokens_per_second),
+        (REMAINING, stage, report.eta_seconds),
+    ):
+        if value is not None:
+            lines.add(family, labels, value)
+    if report.checkpoint is not None:
+        lines.add(CHECKPOINT_STEP, stage, report.checkpoint.step)
+        lines.add(CHECKPOINT_TIME, stage, report.checkpoint.time.timestamp())
+    return lines.joined()
+
+
+def _write_run(lines: "_Writer", run: str, raw: dict[str, Any]) -> None:
+    status = raw.get("status", {})
+    runtime, summary = raw.get("spec", {}).get("runtime", "default"), status.get("summary", "Pending")
+    lines.add(INFO, f'{run},runtime="{escape(runtime)}",summary="{escape(summary)}"', 1)
+    for condition in status.get("conditions", []):
+        for truth in ("True", "False"):
+            labels = f'{run},type="{escape(condition["type"])}",status="{truth}"'
+            lines.add(CONDITION, labels, int(condition["status"] == truth))
+    for stage in status.get("stages", []):
+        _write_stage(lines, f'{run},stage="{escape(stage["name"])}"', stage)
+
+
+def _write_stage(lines: "_Writer", labels: str, stage: dict[str, Any]) -> None:
+    lines.add(STATE, f'{labels},state="{escape(stage.get("state", "Pending"))}"', 1)
+    lines.add(ATTEMPT, labels, stage.get("attempt", 0))
+    lines.add(RESTARTS, f'{labels},reason="infra"', stage.get("infraRestarts", 0))
+    lines.add(RESTARTS, f'{labels},reason="user"', stage.get("userRestarts", 0))
+    for name, value in _bounded(stage.get("metrics", {})):
+        lines.add(RESULT, f'{labels},name="{escape(name)}"', value)
+    if "startedAt" in stage and "finishedAt" in stage:
+        span = datetime.fromisoformat(stage["finishedAt"]) - datetime.fromisoformat(stage["startedAt"])
+        lines.add(DURATION, labels, span.total_seconds())
+
+
+def _bounded(results: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    """The numbers among a stage's figures, up to a number."""
+    fit = [(k, v) for k, v in sorted(results.items()) if isinstance(v, int | float) and len(k) <= _MAX_NAME]
+    return fit[:MAX_RESULTS]
+
+
+class _Writer:
+    """Lines of one run, by metric."""
 
     def __init__(self) -> None:
-        gauge = GaugeMetricFamily
-        self.info = gauge("headrace_run_info", "A run; always 1.", labels=[*RUN, "runtime", "summary"])
-        self.condition = gauge(
-            "headrace_run_condition", "1 if a condition has this status.", labels=[*RUN, "type", "status"]
-        )
-        self.restarts = CounterMetricFamily(
-            "headrace_run_restarts", "Restarts, by whose fault.", labels=[*STAGE, "reason"]
-        )
-        self.state = gauge("headrace_stage_state", "1 for the state that a stage is in.", labels=[*STAGE, "state"])
-        self.attempt = gauge("headrace_stage_attempt", "Number of the newest attempt.", labels=STAGE)
-        self.duration = gauge(
-            "headrace_stage_duration_seconds", "From first start to end, of ended stages.", labels=STAGE
-        )
-        self.figure = gauge("headrace_stage_result", "A figure that a stage ended with.", labels=[*STAGE, "name"])
-        self.done = gauge("headrace_stage_done", "Finished units of the running attempt.", labels=[*STAGE, "unit"])
-        self.total = gauge(
-            "headrace_stage_planned", "Units that the running attempt has to do.", labels=[*STAGE, "unit"]
-        )
-        self.loss = gauge("headrace_stage_loss", "Newest training loss, in nats a token.", labels=STAGE)
-        self.tokens = gauge("headrace_stage_tokens_per_second", "Newest throughput of all ranks.", labels=STAGE)
-        self.eta = gauge("headrace_stage_remaining_seconds", "Time left at the present speed.", labels=STAGE)
-        self.checkpoint_step = gauge("headrace_stage_checkpoint_step", "Step of the newest checkpoint.", labels=STAGE)
-        self.checkpoint_time = gauge(
-            "headrace_stage_checkpoint_timestamp_seconds", "When it was committed.", labels=STAGE
-        )
-        self.report_time = gauge(
-            "headrace_stage_last_report_timestamp_seconds", "When the newest report was made.", labels=STAGE
-        )
+        self._lines: dict[Family, str] = {}
 
-    def all(self) -> Iterator[Metric]:
-        """Every family."""
-        yield from (family for family in vars(self).values() if isinstance(family, Metric))
+    def add(self, family: Family, labels: str, value: float) -> None:
+        line = f"{family.name}{{{labels}}} {number(value)}\n"
+        before = self._lines.get(family)
+        self._lines[family] = line if before is None else before + line
 
-    def add_run(self, raw: dict[str, Any]) -> None:
-        """The series of a run's status."""
-        run, status = _run_labels(raw), raw.get("status", {})
-        runtime = raw.get("spec", {}).get("runtime", "default")
-        self.info.add_metric([*run, runtime, status.get("summary", "Pending")], 1)
-        for condition in status.get("conditions", []):
-            for truth in ("True", "False"):
-                self.condition.add_metric([*run, condition["type"], truth], float(condition["status"] == truth))
-        for stage in status.get("stages", []):
-            self._add_stage([*run, stage["name"]], stage)
-
-    def _add_stage(self, labels: list[str], stage: dict[str, Any]) -> None:
-        self.state.add_metric([*labels, stage.get("state", "Pending")], 1)
-        self.attempt.add_metric(labels, stage.get("attempt", 0))
-        self.restarts.add_metric([*labels, "infra"], stage.get("infraRestarts", 0))
-        self.restarts.add_metric([*labels, "user"], stage.get("userRestarts", 0))
-        for name, value in stage.get("metrics", {}).items():
-            self.figure.add_metric([*labels, name], value)
-        if "startedAt" in stage and "finishedAt" in stage:
-            span = datetime.fromisoformat(stage["finishedAt"]) - datetime.fromisoformat(stage["startedAt"])
-            self.duration.add_metric(labels, span.total_seconds())
-
-    def add_report(self, raw: dict[str, Any], report: Progress) -> None:
-        """The series of what an attempt reported last."""
-        labels = [*_run_labels(raw), report.stage]
-        self.done.add_metric([*labels, report.unit], report.done)
-        self.report_time.add_metric(labels, report.time.timestamp())
-        for family, value in (
-            (self.loss, report.loss),
-            (self.tokens, report.tokens_per_second),
-            (self.eta, report.eta_seconds),
-        ):
-            if value is not None:
-                family.add_metric(labels, value)
-        if report.total is not None:
-            self.total.add_metric([*labels, report.unit], report.total)
-        if report.checkpoint is not None:
-            self.checkpoint_step.add_metric(labels, report.checkpoint.step)
-            self.checkpoint_time.add_metric(labels, report.checkpoint.time.timestamp())
+    def joined(self) -> Lines:
+        return {family: lines.encode() for family, lines in self._lines.items()}
 
 
-def _run_labels(raw: dict[str, Any]) -> list[str]:
-    return [raw["metadata"]["namespace"], raw["metadata"]["name"]]
+def number(value: float) -> str:
+    """A number as Prometheus reads it."""
+    if isfinite(value):
+        return repr(float(value))
+    return "NaN" if value != value else "+Inf" if value > 0 else "-Inf"
+
+
+def escape(value: Any) -> str:
+    """A label's value between its quotes."""
+    return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _run_labels(raw: dict[str, Any]) -> str:
+    meta = raw["metadata"]
+    return f'namespace="{escape(meta["namespace"])}",run="{escape(meta["name"])}"'

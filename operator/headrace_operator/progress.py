@@ -7,6 +7,7 @@ The token is a projected one: bound to its pod, and to this endpoint as its audi
 import asyncio
 import hashlib
 import logging
+import random
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +18,22 @@ from pydantic import ValidationError
 
 from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, ProgressReport
 from headrace_operator.body.caches import Cluster, RunKey
-from headrace_operator.body.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.kube import ApiError, Kube, Raw, path, words
 from headrace_operator.body.records import PodRecord
 from headrace_operator.metrics import PROGRESS_REPORTS
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
-_KNOWN_SECONDS, _REFUSED_SECONDS = 60.0, 5.0
-"""How long the API server's answer about a token is believed."""
+_KNOWN_SECONDS, _REFUSED_SECONDS = 600.0, 5.0
+"""How long the API server's answer about a token is believed. Whose a token is never changes; and when its pod is gone,
+the caches know it."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _ACCOUNT = "system:serviceaccount:"
+
+
+_TAKEN = PROGRESS_REPORTS.labels(code="204")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +76,8 @@ def identity(review: Raw) -> PodIdentity:
     return PodIdentity(namespace=namespace, name=extra[_POD_NAME][0], uid=extra[_POD_UID][0])
 
 
-def check(who: PodIdentity, pod: PodRecord | None, report: ProgressReport) -> RunKey:
-    """The run that a report is about.
+def check(who: PodIdentity, pod: PodRecord | None, report: ProgressReport) -> PodRecord:
+    """The pod that makes a report.
 
     Raises:
         Refusal: the pod is not one that may make this report.
@@ -85,7 +90,7 @@ def check(who: PodIdentity, pod: PodRecord | None, report: ProgressReport) -> Ru
         raise Refusal(403, f"pod {who.namespace}/{who.name} is of {mine} and may not report for {told}")
     if pod.index != 0:
         raise Refusal(403, f"pod {who.namespace}/{who.name} has index {pod.index}; only index 0 reports")
-    return RunKey(pod.namespace, pod.run)
+    return pod
 
 
 def _attempt(namespace: str, run: str, stage: str, number: int) -> str:
@@ -110,7 +115,8 @@ class TokenReviews:
         known = self._known.get(digest)
         if known is None or known[0] < now:
             answer = await self._ask(token)
-            known = (now + (_REFUSED_SECONDS if isinstance(answer, Refusal) else _KNOWN_SECONDS), answer)
+            seconds = _REFUSED_SECONDS if isinstance(answer, Refusal) else _KNOWN_SECONDS * random.uniform(0.5, 1)
+            known = (now + seconds, answer)
             self._known[digest] = known
             self._known.move_to_end(digest)
             if len(self._known) > self._keep:
@@ -129,17 +135,32 @@ class TokenReviews:
         except Refusal as refusal:
             return refusal
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-            logger.warning("TokenReview: %s", error or type(error).__name__)
+            logger.warning("TokenReview: %s", words(error))
             raise Refusal(503, "the API server could not say whose token this is; report again later") from error
 
 
 class ProgressEndpoint:
-    """The HTTP handler."""
+    """The HTTP handler.
+
+    Args:
+        reviews: say whose a token is.
+        cluster: has the pods, and takes the reports.
+        news: told of a run whose report may change what is to be done.
+        figures: told of a run, and its uid, whose report has new figures only.
+        leads: whether this replica acts.
+    """
 
     def __init__(
-        self, reviews: TokenReviews, *, cluster: Cluster, notify: Callable[[RunKey], None], leads: Callable[[], bool]
+        self,
+        reviews: TokenReviews,
+        *,
+        cluster: Cluster,
+        news: Callable[[RunKey], None],
+        figures: Callable[[RunKey, str], None],
+        leads: Callable[[], bool],
     ) -> None:
-        self._reviews, self._cluster, self._notify, self._leads = reviews, cluster, notify, leads
+        self._reviews, self._cluster, self._leads = reviews, cluster, leads
+        self._news, self._figures = news, figures
 
     def add_to(self, app: web.Application) -> None:
         """Serve at ``PROGRESS_PATH``."""
@@ -150,8 +171,11 @@ class ProgressEndpoint:
             await self._take(request)
         except Refusal as refusal:
             PROGRESS_REPORTS.labels(code=str(refusal.status)).inc()
-            return web.json_response({"error": str(refusal)}, status=refusal.status)
-        PROGRESS_REPORTS.labels(code="204").inc()
+            response = web.json_response({"error": str(refusal)}, status=refusal.status)
+            if refusal.status == 503:
+                response.force_close()  # the pod's next connection may reach the replica that leads
+            return response
+        _TAKEN.inc()
         return web.Response(status=204)
 
     async def _take(self, request: web.Request) -> None:
@@ -165,6 +189,9 @@ class ProgressEndpoint:
             report = ProgressReport.model_validate_json(await request.read())
         except ValidationError as error:
             raise Refusal(400, f"not a progress report: {error}") from error
-        key = check(who, self._cluster.pods.get(who.namespace, who.name), report)
-        self._cluster.progress.put(key, report.progress)
-        self._notify(key)
+        pod = check(who, self._cluster.pods.get(who.namespace, who.name), report)
+        key = RunKey(pod.namespace, pod.run)
+        if self._cluster.progress.put(pod.run_uid, report.progress):
+            self._news(key)
+        else:
+            self._figures(key, pod.run_uid)

@@ -1,15 +1,44 @@
 """The operator's HTTP server: health, metrics, and whatever else is added to it."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from headrace_operator.metrics import REGISTRY
+from headrace_operator.metrics import REGISTRY, RunAndReports, RunFigures
 from headrace_operator.progress import MAX_BODY_BYTES, ProgressEndpoint
 
 
-def application(progress: ProgressEndpoint, *, ready: Callable[[], bool]) -> web.Application:
+class MetricsEndpoint:
+    """Figures of the operator and of runs, made in a thread and sent piece by piece, so that nothing waits for them.
+
+    Args:
+        runs: what figures are told of.
+    """
+
+    def __init__(self, runs: Callable[[], Sequence[RunAndReports]]) -> None:
+        self._runs = runs
+        self._figures = RunFigures()
+        self._busy = asyncio.Lock()
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        """The handler."""
+        async with self._busy:
+            pieces = await asyncio.to_thread(self._render, self._runs())
+        response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE_LATEST})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+        return response
+
+    def _render(self, runs: Sequence[RunAndReports]) -> list[bytes]:
+        return [generate_latest(REGISTRY), *self._figures.render(runs)]
+
+
+def application(
+    progress: ProgressEndpoint, *, ready: Callable[[], bool], runs: Callable[[], Sequence[RunAndReports]]
+) -> web.Application:
     """The routes."""
 
     async def healthz(_: web.Request) -> web.Response:
@@ -18,13 +47,10 @@ def application(progress: ProgressEndpoint, *, ready: Callable[[], bool]) -> web
     async def readyz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n") if ready() else web.Response(text="starting\n", status=503)
 
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
-    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/metrics", MetricsEndpoint(runs).get)
     progress.add_to(app)
     return app
 

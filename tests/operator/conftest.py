@@ -8,6 +8,7 @@ those that ``tests/cluster`` builds; where they are missing the tests that ask f
 import json
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from proxies import ApiProxy, started
+from world import RUNTIME, World
 
 REPO = Path(__file__).resolve().parents[2]
 BIN = REPO / ".cluster" / "bin"
@@ -51,7 +55,8 @@ class ControlPlane:
 
     folder: Path
     port: int = field(default_factory=free_port)
-    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _etcd: str = field(default_factory=lambda: f"http://127.0.0.1:{free_port()}")
 
     @property
     def url(self) -> str:
@@ -65,12 +70,11 @@ class ControlPlane:
 
     def start(self) -> None:
         """Start everything; returns when the API server serves."""
-        etcd, peers = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+        etcd, peers = self._etcd, f"http://127.0.0.1:{free_port()}"
         self._write_secrets()
         listen = ["--listen-client-urls", etcd, "--advertise-client-urls", etcd, "--listen-peer-urls", peers]
         self._spawn("etcd", "etcd", "--data-dir", str(self.folder / "etcd"), *listen, "--unsafe-no-fsync")
-        self._spawn("kube-apiserver", str(BIN / "kube-apiserver"), *self._api_server_flags(etcd))
-        self._wait()
+        self.start_api_server()
         self._write_kubeconfig()
         controllers = ["--leader-elect=false", "--use-service-account-credentials=true", "--secure-port=0"]
         keys = [f"--service-account-private-key-file={self.folder / 'sa.key'}"]
@@ -79,9 +83,26 @@ class ControlPlane:
 
     def stop(self) -> None:
         """End everything."""
-        for process in reversed(self._processes):
-            process.kill()  # nothing of it is kept, and an API server waits for its watchers otherwise
-            process.wait(timeout=30)
+        for name in reversed(list(self._processes)):
+            self._kill(name)
+
+    def start_api_server(self) -> None:
+        """Start the API server; returns when it serves."""
+        self._spawn("kube-apiserver", str(BIN / "kube-apiserver"), *self._api_server_flags())
+        self._wait()
+
+    def kill_api_server(self) -> None:
+        """End the API server; everything else stays."""
+        self._kill("kube-apiserver")
+
+    def write_kubeconfig(self, name: str, *, server: str = "", token: str = TOKEN) -> Path:
+        """A kubeconfig of one's own, for another user or by another way to the API server."""
+        config = json.loads(self.kubeconfig.read_text())
+        config["users"][0]["user"] = {"token": token}
+        config["clusters"][0]["cluster"]["server"] = server or self.url
+        path = self.folder / f"{name}.kubeconfig"
+        path.write_text(json.dumps(config))
+        return path
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """kubectl's output as the administrator; CalledProcessError with its words if it fails."""
@@ -100,10 +121,10 @@ class ControlPlane:
         assert isinstance(answer, dict)
         return answer
 
-    def _api_server_flags(self, etcd: str) -> list[str]:
+    def _api_server_flags(self) -> list[str]:
         account = self.folder / "sa.key"
         return [
-            f"--etcd-servers={etcd}",
+            f"--etcd-servers={self._etcd}",
             f"--secure-port={self.port}",
             "--bind-address=127.0.0.1",
             f"--cert-dir={self.folder / 'certificates'}",
@@ -134,8 +155,13 @@ class ControlPlane:
         self.kubeconfig.write_text(json.dumps(config))
 
     def _spawn(self, name: str, *command: str) -> None:
-        log = (self.folder / f"{name}.log").open("wb")
-        self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env={**os.environ}))
+        log = (self.folder / f"{name}.log").open("ab")
+        self._processes[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, env={**os.environ})
+
+    def _kill(self, name: str) -> None:
+        process = self._processes.pop(name)
+        process.kill()  # nothing of it is kept, and an API server waits for its watchers otherwise
+        process.wait(timeout=30)
 
     def _wait(self) -> None:
         end = time.monotonic() + _START_SECONDS
@@ -162,7 +188,15 @@ class OperatorProcess:
     control_plane: ControlPlane
     name: str
     port: int = field(default_factory=free_port)
+    server: str = ""
+    """Another way to the API server than the straight one."""
     _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def identity(self) -> str:
+        """What the Lease calls it."""
+        assert self._process is not None
+        return f"{socket.gethostname()}-{self._process.pid}"
 
     @property
     def progress_url(self) -> str:
@@ -195,10 +229,19 @@ class OperatorProcess:
             self._process.kill()
         return self._process.wait(timeout=30)
 
-    def wait(self, *, timeout_seconds: float) -> int:
-        """Its exit status, once it ends by itself."""
+    def signal(self, number: int) -> None:
+        """Send it a signal, as SIGSTOP."""
         assert self._process is not None
-        return self._process.wait(timeout=timeout_seconds)
+        self._process.send_signal(number)
+
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        assert self._process is not None
+        return self._process.poll() is None
+
+    def log(self) -> str:
+        """What it has logged."""
+        return (self.control_plane.folder / f"{self.name}.log").read_text()
 
     def metrics(self) -> str:
         """What Prometheus would read; empty while nobody listens."""
@@ -214,11 +257,7 @@ class OperatorProcess:
 
     def _kubeconfig(self) -> Path:
         token = self.control_plane.kubectl("-n", NAMESPACE, "create", "token", RELEASE, "--duration=1h").strip()
-        config = json.loads(self.control_plane.kubeconfig.read_text())
-        config["users"][0]["user"] = {"token": token}
-        path = self.control_plane.folder / f"{self.name}.kubeconfig"
-        path.write_text(json.dumps(config))
-        return path
+        return self.control_plane.write_kubeconfig(self.name, server=self.server, token=token)
 
 
 @pytest.fixture(scope="session")
@@ -247,23 +286,31 @@ def install_chart(plane: ControlPlane) -> None:
 @pytest.fixture
 def operators(control_plane: ControlPlane) -> Iterator[Callable[..., OperatorProcess]]:
     """Starts operators by name, and ends them after the test."""
-    started: list[OperatorProcess] = []
+    begun: list[OperatorProcess] = []
 
     def start(name: str, **fields: Any) -> OperatorProcess:
-        started.append(OperatorProcess(control_plane, name, **fields).start())
-        return started[-1]
+        begun.append(OperatorProcess(control_plane, name, **fields).start())
+        return begun[-1]
 
     yield start
-    for operator in started:
+    for operator in begun:
+        operator.signal(signal.SIGCONT)
         operator.stop()
 
 
 @pytest.fixture
 def operator(operators: Callable[..., OperatorProcess]) -> OperatorProcess:
     """An operator that leads."""
-    started = operators("operator")
-    eventually(started.leads)
-    return started
+    begun = operators("operator")
+    eventually(begun.leads)
+    return begun
+
+
+@pytest.fixture
+def api_proxy(control_plane: ControlPlane) -> Iterator[ApiProxy]:
+    """A way to the API server on which a test can answer instead."""
+    with started(ApiProxy(control_plane.url, TOKEN)) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -290,3 +337,10 @@ def eventually(holds: Callable[[], Any], *, timeout_seconds: float = 30.0) -> An
 def eventually_fixture() -> Callable[..., Any]:
     """``eventually``."""
     return eventually
+
+
+@pytest.fixture
+def world(control_plane: ControlPlane, namespace: str) -> World:
+    """A namespace of the control plane, with a runtime; no operator yet."""
+    control_plane.apply(RUNTIME)
+    return World(control_plane, namespace, eventually)

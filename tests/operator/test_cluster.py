@@ -118,7 +118,7 @@ def observe(*records: Any, report: Progress | None = None) -> tuple[Attempt, ...
         )
         cache.put(record)
     if report is not None:
-        cluster.progress.put(KEY, report)
+        cluster.progress.put("uid-1", report)
     return cluster.observe(KEY, run_uid="uid-1", now=NOW).attempts
 
 
@@ -473,5 +473,5 @@ def test_a_cache_keeps_the_newer_record_of_the_same_object() -> None:
     assert not cache.put(make_job(version=4, condition="Failed"))
     assert [job.failed for job in cache.of_run(KEY)] == [False]
     assert cache.put(make_job(version=6, condition="Failed"))
-    assert cache.keep_only(set()) == [KEY]
+    assert cache.keep_only(set(), version=6) == [KEY]
     assert len(cache) == 0 and cache.of_run(KEY) == ()

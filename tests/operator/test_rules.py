@@ -1,39 +1,23 @@
-"""The small rules: who may claim a Lease, whose report is taken, when a status is written, what settings may be."""
+"""The small rules: whose report is taken, when a status is written, what settings may be."""
 
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import generate_latest
 
 from headrace_api.contract import Progress, ProgressReport
 from headrace_api.errors import ManifestError
-from headrace_operator.body.apply import status_delay
+from headrace_operator.body.apply import StatusChange, status_change
+from headrace_operator.body.caches import ProgressBook
+from headrace_operator.body.pace import Pace
 from headrace_operator.body.reconcile import is_complete, refused_status
 from headrace_operator.body.records import PodRecord, pod_record
-from headrace_operator.leader import may_claim
-from headrace_operator.metrics import REGISTRY, RunCollector
 from headrace_operator.progress import PodIdentity, Refusal, check, identity
 from headrace_operator.settings import Settings
 
 Json = dict[str, Any]
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.mark.parametrize(
-    ("spec", "unchanged", "may"),
-    [
-        ({}, 0, True),
-        ({"holderIdentity": ""}, 0, True),
-        ({"holderIdentity": "me", "leaseDurationSeconds": 15}, 0, True),
-        ({"holderIdentity": "other", "leaseDurationSeconds": 15}, 14, False),
-        ({"holderIdentity": "other", "leaseDurationSeconds": 15}, 16, True),
-    ],
-)
-def test_who_may_claim_a_lease(spec: Json, unchanged: float, may: bool) -> None:
-    assert may_claim({"spec": spec}, "me", unchanged_seconds=unchanged) is may
 
 
 def review(*, authenticated: bool = True, audience: str = "headrace-progress", pod: bool = True) -> Json:
@@ -77,7 +61,7 @@ def report(*, namespace: str = "team", run: str = "demo", stage: str = "base", a
 
 
 def test_a_pods_own_report_is_taken() -> None:
-    assert str(check(WHO, make_pod(), report())) == "team/demo"
+    assert check(WHO, make_pod(), report()) == make_pod()
 
 
 @pytest.mark.parametrize(
@@ -100,19 +84,55 @@ def test_another_report_is_not(pod: PodRecord | None, told: ProgressReport, said
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted", "since", "delay"),
+    ("stored", "wanted", "change"),
     [
-        ({"stage": "a", "step": "1"}, {"stage": "a", "step": "1"}, 0.0, None),
-        ({}, {"stage": "a"}, 0.0, 0.0),
-        ({"stage": "a"}, {"stage": "b", "step": "1"}, 0.0, 0.0),
-        ({"step": "1"}, {"step": "2"}, 4.0, 6.0),
-        ({"step": "1"}, {"step": "2"}, 11.0, 0.0),
-        ({"step": "1", "loss": "2.0"}, {"step": "1"}, 4.0, 6.0),
-        ({"metrics": {"loss": 2}}, {"metrics": {"loss": 2.0}}, 0.0, None),
+        ({"stage": "a", "step": "1"}, {"stage": "a", "step": "1"}, StatusChange.NONE),
+        ({}, {"stage": "a"}, StatusChange.STATE),
+        ({"stage": "a"}, {"stage": "b", "step": "1"}, StatusChange.STATE),
+        ({"step": "1"}, {"step": "2"}, StatusChange.PROGRESS),
+        ({"step": "1", "loss": "2.0"}, {"step": "1"}, StatusChange.PROGRESS),
+        ({"metrics": {"loss": 2}}, {"metrics": {"loss": 2.0}}, StatusChange.NONE),
     ],
 )
-def test_when_a_status_is_written(stored: Json, wanted: Json, since: float, delay: float | None) -> None:
-    assert status_delay(stored, wanted, seconds_since_write=since) == delay
+def test_how_statuses_differ(stored: Json, wanted: Json, change: StatusChange) -> None:
+    assert status_change(stored, wanted) is change
+
+
+def test_the_progress_of_few_runs_is_written_every_ten_seconds() -> None:
+    pace = Pace(now=0.0)
+    pace.written("a", now=100.0)
+    assert pace.seconds_to_turn("a", now=102.0) == 8.0
+    assert pace.seconds_to_turn("a", now=107.0) == 3.0, "it keeps its turn"
+    pace.written("a", now=110.0)
+    assert pace.seconds_to_turn("a", now=110.0) == 10.0
+    assert pace.seconds_to_turn("b", now=110.0) <= 0.1, "another, that was written long ago, does not wait for it"
+
+
+def test_the_progress_of_thousands_of_runs_is_written_at_a_rate_that_does_not_grow() -> None:
+    pace, writes, now = Pace(now=0.0), 0, 0.0
+    while now < 200:
+        now += 2.0
+        for i in range(5000):
+            if pace.seconds_to_turn(f"run {i}", now=now) == 0:
+                pace.written(f"run {i}", now=now)
+                writes += 1
+    assert 40 < writes / now <= 51
+
+
+@pytest.mark.parametrize(
+    ("changes", "matters"),
+    [
+        ({"done": 2, "loss": 1.0, "message": "warm"}, False),
+        ({"phase": "Saving"}, True),
+        ({"endpoint": "http://demo"}, True),
+        ({"checkpoint": {"step": 1, "uri": "s3://b/1", "time": NOW}}, True),
+        ({"attempt": 3}, True),
+    ],
+)
+def test_which_reports_are_news(changes: Json, matters: bool) -> None:
+    book, first = ProgressBook(), {"stage": "base", "attempt": 2, "phase": "Running", "done": 1, "time": NOW}
+    assert book.put("uid", Progress.model_validate(first))
+    assert book.put("uid", Progress.model_validate({**first, **changes})) is matters
 
 
 def test_a_refused_run_keeps_what_was_known_of_it() -> None:
@@ -144,62 +164,3 @@ def test_settings_have_defaults_and_say_what_is_wrong() -> None:
         Settings.from_environment({"HEADRACE_WORKERS": "many"})
     with pytest.raises(ValueError, match="HEADRACE_LOG_FORMAT: 'xml': choose one of text, json"):
         Settings.from_environment({"HEADRACE_LOG_FORMAT": "xml"})
-
-
-RUN: Json = {
-    "metadata": {"namespace": "team", "name": "demo"},
-    "spec": {"runtime": "h100"},
-    "status": {
-        "summary": "Running",
-        "conditions": [{"type": "Complete", "status": "False"}],
-        "stages": [
-            {
-                "name": "corpus",
-                "state": "Succeeded",
-                "attempt": 1,
-                "startedAt": "2026-01-01T00:00:00Z",
-                "finishedAt": "2026-01-01T00:01:30Z",
-                "metrics": {"documents": 12},
-            },
-            {"name": "base", "state": "Running", "attempt": 3, "infraRestarts": 2},
-        ],
-    },
-}
-NEWEST = Progress(
-    stage="base", attempt=3, done=40, total=100, loss=2.5, tokens_per_second=1e6, eta_seconds=30, time=NOW
-)
-
-
-def exposed() -> str:
-    registry = CollectorRegistry()
-    registry.register(RunCollector(lambda: [RUN], lambda _: [NEWEST]))
-    return generate_latest(registry).decode()
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        'headrace_run_info{namespace="team",run="demo",runtime="h100",summary="Running"} 1.0',
-        'headrace_run_condition{namespace="team",run="demo",status="False",type="Complete"} 1.0',
-        'headrace_run_restarts_total{namespace="team",reason="infra",run="demo",stage="base"} 2.0',
-        'headrace_stage_state{namespace="team",run="demo",stage="corpus",state="Succeeded"} 1.0',
-        'headrace_stage_duration_seconds{namespace="team",run="demo",stage="corpus"} 90.0',
-        'headrace_stage_result{name="documents",namespace="team",run="demo",stage="corpus"} 12.0',
-        'headrace_stage_done{namespace="team",run="demo",stage="base",unit="steps"} 40.0',
-        'headrace_stage_planned{namespace="team",run="demo",stage="base",unit="steps"} 100.0',
-        'headrace_stage_loss{namespace="team",run="demo",stage="base"} 2.5',
-        'headrace_stage_remaining_seconds{namespace="team",run="demo",stage="base"} 30.0',
-    ],
-)
-def test_figures_of_runs(line: str) -> None:
-    assert line in exposed().splitlines()
-
-
-def test_metrics_have_one_prefix_and_base_units() -> None:
-    lines = (exposed() + generate_latest(REGISTRY).decode()).splitlines()
-    types = dict(line.split(" ")[2:4] for line in lines if line.startswith("# TYPE headrace"))
-    assert len(types) > 15
-    for name, kind in types.items():
-        assert name.startswith("headrace_")
-        assert not name.endswith(("_ms", "_milliseconds", "_minutes", "_gib", "_mb", "_percent")), name
-        assert (kind == "counter") == name.endswith("_total"), name

@@ -6,7 +6,9 @@ next decision about the run sees it even if a watch lags.
 
 import uuid
 from collections import defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import Any
 
 from headrace_api import API_VERSION
@@ -16,16 +18,14 @@ from headrace_api.stages import RunsAs
 from headrace_operator.body.build import Objects, build, owned
 from headrace_operator.body.build.names import DIGEST_ANNOTATION
 from headrace_operator.body.caches import Cache, Cluster, R, RunKey
-from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, Raw, path, path_of
+from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, Raw, path, path_of, version_of
 from headrace_operator.body.outcomes import NameTaken
 from headrace_operator.body.queue import Retry
 from headrace_operator.body.records import DeploymentRecord, Record, deployment_record, job_record
-from headrace_operator.body.runs import Runs, key_of
+from headrace_operator.body.runs import Runs, key_of, uid_of
 from headrace_operator.brain.plan import AttemptKey, Event
 from headrace_operator.metrics import WRITES
 
-PROGRESS_SECONDS = 10.0
-"""How often a status is written for nothing but progress."""
 _PROGRESS_FIELDS = frozenset({"step", "progress", "loss", "tokensPerSecond", "eta", "phaseMessage"})
 _LONGEST_NOTE = 1024
 
@@ -35,12 +35,12 @@ class Writer:
 
     def __init__(self, kube: Kube, *, cluster: Cluster, runs: Runs) -> None:
         self._kube, self._cluster, self._runs = kube, cluster, runs
-        self._whole: dict[RunKey, set[str]] = defaultdict(set)
-        """uids of workloads of which this process knows that nothing of them is missing."""
+        self._whole: dict[str, set[str]] = defaultdict(set)
+        """uid of a run -> those of its workloads of which this process knows that nothing of them is missing."""
 
-    def forget(self, key: RunKey) -> None:
+    def forget(self, run_uid: str) -> None:
         """Forget a run."""
-        self._whole.pop(key, None)
+        self._whole.pop(run_uid, None)
 
     async def start(self, resolved: ResolvedStage, runtime: TrainingRuntime) -> None:
         """Make an attempt's objects exist. Costs nothing once they do.
@@ -56,10 +56,11 @@ class Writer:
 
     async def _start_job(self, resolved: ResolvedStage, runtime: TrainingRuntime) -> None:
         known = self._known(self._cluster.jobs, resolved)
-        if known is not None and self._is_whole(resolved, known):
+        if known is not None and known.deleted_at is None and await self._is_whole(known):
             return
         objects = build(resolved, runtime)
         if known is not None and known.name != objects.workload["metadata"]["name"]:
+            self._whole[resolved.run_uid].add(known.uid)
             return
         await self._ensure(objects.account, owner=resolved.run_uid)
         created = await self._ensure(objects.workload, owner=resolved.run_uid)
@@ -68,14 +69,14 @@ class Writer:
             await self._ensure(
                 _owned(dependent, by=objects.workload, as_stored=created), owner=created["metadata"]["uid"]
             )
-        self._whole[_key(resolved)].add(created["metadata"]["uid"])
+        self._whole[resolved.run_uid].add(created["metadata"]["uid"])
 
     async def _start_service(self, resolved: ResolvedStage, objects: Objects) -> None:
         """A Deployment is applied when it is not there, for another attempt, or for a changed runtime, and never else."""
         digest = objects.workload["metadata"]["annotations"][DIGEST_ANNOTATION]
         known = self._known(self._cluster.deployments, resolved)
-        asked = known is not None and known.digest == digest
-        if known is None or not asked or not self._is_whole(resolved, known):
+        asked = known is not None and known.digest == digest and known.deleted_at is None
+        if known is None or not asked or not await self._is_whole(known, service=objects.service):
             known = await self._apply_service(resolved, objects, as_asked=asked)
         if objects.scale is not None and known.asked != objects.scale["spec"]["replicas"]:
             await self._scale(known, objects.scale)
@@ -91,11 +92,10 @@ class Writer:
             await self._ensure_config(objects, stored)
         uid, service = stored["metadata"]["uid"], _owned(objects.service, by=objects.workload, as_stored=stored)
         await self._ensure(service, owner=uid)
-        if not as_asked:
-            await self._apply(service)
+        await self._apply(service)
         record = deployment_record(stored)
         self._cluster.deployments.put(record)
-        self._whole[_key(resolved)].add(record.uid)
+        self._whole[resolved.run_uid].add(record.uid)
         return record
 
     async def _ensure_config(self, objects: Objects, stored: Raw) -> None:
@@ -116,8 +116,38 @@ class Writer:
         of_run = cache.of_run(_key(resolved))
         return next((w for w in of_run if (w.stage, w.attempt, w.owner) == wanted), None)
 
-    def _is_whole(self, resolved: ResolvedStage, known: Record) -> bool:
-        return known.uid in self._whole[_key(resolved)] and known.deleted_at is None
+    async def _is_whole(self, workload: Record, *, service: Raw | None = None) -> bool:
+        """Whether nothing of an attempt is missing, though another leader may have made it; at most one request.
+
+        A Job's ConfigMap is made last, and no pod runs without it. A Deployment's Service is, for each attempt anew.
+        """
+        known = self._whole[workload.run_uid]
+        if workload.uid in known:
+            return True
+        if service is not None:
+            made = await self._has(path_of(service), owner=workload.uid, labels=service["metadata"]["labels"])
+        else:
+            config = path("ConfigMap", namespace=workload.namespace, name=workload.name)
+            made = self._has_run(workload) or await self._has(config, owner=workload.uid)
+        if made:
+            known.add(workload.uid)
+        return made
+
+    def _has_run(self, workload: Record) -> bool:
+        """Whether a pod of a workload has run."""
+        pods = self._cluster.pods.of_run(RunKey(workload.namespace, workload.run))
+        return any(pod.owner == workload.uid and pod.phase in ("Running", "Succeeded") for pod in pods)
+
+    async def _has(self, address: str, *, owner: str, labels: Mapping[str, str] | None = None) -> bool:
+        """Whether there is an object of an owner, with certain labels."""
+        try:
+            meta = (await self._kube.get(address))["metadata"]
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return False
+        owners = [o["uid"] for o in meta.get("ownerReferences", [])]
+        return owners == [owner] and (labels or {}).items() <= meta.get("labels", {}).items()
 
     async def _ensure(self, obj: Raw, *, owner: str) -> Raw:
         """Create an object; one that exists must have the same owner, and is left as it is."""
@@ -164,22 +194,31 @@ class Writer:
                     await self._kube.delete(path(kind, namespace=key.namespace, name=known.name), uid=known.uid)
 
     async def write_status(self, raw: Raw, status: dict[str, Any]) -> None:
-        """Replace what the operator said of a run.
+        """Replace what the operator said of a run, if the run is still as it was looked at.
 
         Raises:
-            Retry: the run is gone, or another one has its name now.
+            Retry: it has changed, is gone, or another one has its name now; ``runs`` has what is there instead.
         """
-        meta = {k: raw["metadata"][k] for k in ("name", "namespace", "uid")}
+        meta = {k: raw["metadata"][k] for k in ("name", "namespace", "uid", "resourceVersion")}
         body = {"apiVersion": API_VERSION, "kind": "TrainingRun", "metadata": meta, "status": status}
         WRITES.labels(verb="apply", kind="TrainingRun").inc()
         try:
             answer = await self._kube.apply(body, subresource="status")
         except ApiError as error:
-            if error.status in (404, 409):
-                raise Retry(f"the run changed while it was looked at: {error.message}") from error
-            raise
-        if self._runs.get(key_of(raw)) is not None:
-            self._runs.put(answer)
+            if error.status not in (404, 409):
+                raise
+            await self._look_again(raw)
+            raise Retry(f"the run changed while it was looked at: {error.message}") from error
+        self._runs.put(answer)
+
+    async def _look_again(self, raw: Raw) -> None:
+        """Put what there is of a run now into ``runs``."""
+        try:
+            self._runs.put(await self._kube.get(path_of({"kind": "TrainingRun", **raw})))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self._runs.drop(key_of(raw), uid=uid_of(raw), version=version_of(raw))
 
     async def post_event(self, raw: Raw, event: Event) -> None:
         """Tell people about a transition."""
@@ -203,14 +242,21 @@ class Writer:
         await self._kube.request("POST", path("Event", namespace=meta["namespace"]), body=body)
 
 
-def status_delay(stored: dict[str, Any], wanted: dict[str, Any], *, seconds_since_write: float) -> float | None:
-    """When a status is to be written: None for never, 0 for at once, more if only progress differs from a recent write."""
+class StatusChange(Enum):
+    """How a status differs from the one that is stored."""
+
+    NONE = auto()
+    PROGRESS = auto()
+    """In nothing but figures of progress."""
+    STATE = auto()
+
+
+def status_change(stored: dict[str, Any], wanted: dict[str, Any]) -> StatusChange:
+    """How the status that is wanted differs from the one that is stored."""
     changed = {k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)}
     if not changed:
-        return None
-    if changed - _PROGRESS_FIELDS:
-        return 0.0
-    return max(0.0, PROGRESS_SECONDS - seconds_since_write)
+        return StatusChange.NONE
+    return StatusChange.STATE if changed - _PROGRESS_FIELDS else StatusChange.PROGRESS
 
 
 def _owned(obj: Raw, *, by: Raw, as_stored: Raw) -> Raw:

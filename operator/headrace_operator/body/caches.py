@@ -4,6 +4,7 @@
 """
 
 from collections import defaultdict
+from collections.abc import Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -11,6 +12,7 @@ from typing import Generic, TypeVar
 from headrace_api.contract import Progress
 from headrace_operator.body.attempts import LOST_AFTER, attempts_of
 from headrace_operator.body.records import DeploymentRecord, JobRecord, PodRecord, Record
+from headrace_operator.body.store import Entry, Store
 from headrace_operator.brain.observed import Observed, Refusal
 
 R = TypeVar("R", bound=Record)
@@ -31,72 +33,89 @@ class Cache(Generic[R]):
     """The newest record of every object of one kind, by run."""
 
     def __init__(self) -> None:
+        self._store: Store[tuple[str, str], R] = Store()
         self._by_run: dict[RunKey, dict[str, R]] = defaultdict(dict)
-        self._run_of: dict[tuple[str, str], RunKey] = {}
 
     def __len__(self) -> int:
-        return len(self._run_of)
+        return len(self._store)
 
     def put(self, record: R) -> bool:
-        """Remember a record; False if a newer one is known, as when a watch lags behind one's own writes."""
-        known = self.get(record.namespace, record.name)
-        if known is not None and known.uid == record.uid and known.version >= record.version:
+        """Remember a record; False if it is no news, as when a watch lags behind one's own writes."""
+        name = (record.namespace, record.name)
+        before = self._store.get(name)
+        if not self._store.put(name, Entry(uid=record.uid, version=record.version, value=record)):
             return False
-        key = RunKey(record.namespace, record.run)
-        self.drop(record.namespace, record.name)
-        self._by_run[key][record.name] = record
-        self._run_of[record.namespace, record.name] = key
+        if before is not None:
+            self._unlist(before)
+        self._by_run[_run_of(record)][record.name] = record
         return True
 
-    def drop(self, namespace: str, name: str) -> RunKey | None:
-        """Forget an object; returns the run that it belonged to."""
-        key = self._run_of.pop((namespace, name), None)
-        if key is not None:
-            records = self._by_run[key]
-            del records[name]
-            if not records:
-                del self._by_run[key]
-        return key
+    def drop(self, namespace: str, name: str, *, uid: str, version: int) -> RunKey | None:
+        """Forget an object as of a version; returns the run that it belonged to."""
+        dropped = self._store.drop((namespace, name), uid=uid, version=version)
+        return self._unlist(dropped) if dropped is not None else None
 
-    def keep_only(self, known: set[tuple[str, str]]) -> list[RunKey]:
-        """Forget what a fresh list does not have; returns the runs that it belonged to."""
-        gone = [key for key in self._run_of if key not in known]
-        return [run for key in gone if (run := self.drop(*key)) is not None]
+    def keep_only(self, uids: Set[str], *, version: int) -> list[RunKey]:
+        """Forget what a fresh list of a version does not have; returns the runs that it belonged to."""
+        return [self._unlist(record) for _, record in self._store.keep_only(uids, version=version)]
 
     def get(self, namespace: str, name: str) -> R | None:
         """One object's record."""
-        key = self._run_of.get((namespace, name))
-        return self._by_run[key][name] if key is not None else None
+        return self._store.get((namespace, name))
 
     def of_run(self, key: RunKey) -> tuple[R, ...]:
         """The records of a run's objects."""
         return tuple(self._by_run[key].values()) if key in self._by_run else ()
 
+    def _unlist(self, record: R) -> RunKey:
+        key = _run_of(record)
+        records = self._by_run[key]
+        del records[record.name]
+        if not records:
+            del self._by_run[key]
+        return key
+
+
+def _run_of(record: Record) -> RunKey:
+    return RunKey(record.namespace, record.run)
+
 
 class ProgressBook:
-    """The newest report of each attempt. Lost with the process: the next report comes soon."""
+    """The newest report of each attempt, by the uid of its run. Lost with the process: the next report comes soon."""
 
     def __init__(self) -> None:
-        self._reports: dict[RunKey, dict[tuple[str, int], Progress]] = defaultdict(dict)
+        self._reports: dict[str, dict[tuple[str, int], Progress]] = defaultdict(dict)
 
-    def put(self, key: RunKey, report: Progress) -> None:
-        """Remember a report; older attempts of its stage are forgotten."""
-        reports = self._reports[key]
-        for stage, number in [k for k in reports if k[0] == report.stage and k[1] < report.attempt]:
-            del reports[stage, number]
+    def put(self, run_uid: str, report: Progress) -> bool:
+        """Remember a report, and forget older attempts of its stage; whether more than figures has changed."""
+        reports = self._reports[run_uid]
+        known = reports.get((report.stage, report.attempt))
+        if known is None:
+            for stage, number in [k for k in reports if k[0] == report.stage and k[1] < report.attempt]:
+                del reports[stage, number]
         reports[report.stage, report.attempt] = report
+        return known is None or _matters(known) != _matters(report)
 
-    def get(self, key: RunKey, stage: str, attempt: int) -> Progress | None:
+    def get(self, run_uid: str, stage: str, attempt: int) -> Progress | None:
         """The newest report of an attempt."""
-        return self._reports[key].get((stage, attempt)) if key in self._reports else None
+        return self._reports[run_uid].get((stage, attempt)) if run_uid in self._reports else None
 
-    def of_run(self, key: RunKey) -> tuple[Progress, ...]:
+    def of_run(self, run_uid: str) -> tuple[Progress, ...]:
         """The reports of a run."""
-        return tuple(self._reports[key].values()) if key in self._reports else ()
+        return tuple(self._reports[run_uid].values()) if run_uid in self._reports else ()
 
-    def forget(self, key: RunKey) -> None:
+    def forget(self, run_uid: str) -> None:
         """Forget a run."""
-        self._reports.pop(key, None)
+        self._reports.pop(run_uid, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._reports.clear()
+
+
+def _matters(report: Progress) -> tuple[object, ...]:
+    """What of a report a decision or a condition may depend on."""
+    return report.phase, report.endpoint, report.checkpoint
 
 
 class RefusalBook:
@@ -119,6 +138,10 @@ class RefusalBook:
         """Forget a run."""
         self._refusals.pop(run_uid, None)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._refusals.clear()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -136,7 +159,7 @@ class Cluster:
             jobs=self.jobs.of_run(key),
             deployments=self.deployments.of_run(key),
             pods=self.pods.of_run(key),
-            report=lambda stage, number: self.progress.get(key, stage, number),
+            report=lambda stage, number: self.progress.get(run_uid, stage, number),
             run_uid=run_uid,
             now=now,
         )

@@ -6,13 +6,14 @@ In: a kubeconfig or a pod's service account, read by the official client, which 
 
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from kubernetes.aio import client, config
+from kubernetes.aio.client.rest import RESTClientObject
 
 from headrace_api import GROUP, VERSION
 
@@ -20,10 +21,13 @@ Raw = dict[str, Any]
 
 FIELD_MANAGER = "headrace"
 _APPLY = "application/apply-patch+yaml"
+_CONNECT_SECONDS = 5.0
+_SILENCE_SECONDS = 10.0
+"""A request on which the server says nothing for so long is given up, and its connection with it."""
 _REQUEST_SECONDS = 30.0
-_WATCH_SILENCE_SECONDS = 90.0
-"""Longer than the minute between two bookmarks: a stream that says nothing for so long is dead, or of a kind that never
-changes, which gets no bookmarks; both are begun anew."""
+_IDLE_SECONDS = 5.0
+"""How long an idle connection is kept: less than ``_SILENCE_SECONDS``, so that where all connections have gone silent at
+once, whatever is tried again is tried on a new one."""
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 RESOURCES: dict[str, tuple[str, str]] = {
@@ -70,6 +74,18 @@ class ApiError(Exception):
         return cls(status=status, reason=str(said.get("reason", "")), message=str(said.get("message", "")))
 
 
+def words(error: BaseException) -> str:
+    """What an error says; its name where it says nothing."""
+    return str(error) or type(error).__name__
+
+
+def _client(configuration: client.Configuration, *, pool_size: int) -> client.ApiClient:
+    configuration.connection_pool_maxsize = pool_size
+    api = client.ApiClient(configuration)
+    api.rest_client = _Connections(configuration)
+    return api
+
+
 def path(kind: str, *, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
     """The address of a collection, an object or a part of one."""
     prefix, plural = RESOURCES[kind]
@@ -88,22 +104,46 @@ def version_of(obj: Raw) -> int:
     return int(obj["metadata"].get("resourceVersion", 0))
 
 
-class Kube:
-    """One connection pool to one API server."""
+class _Connections(RESTClientObject):
+    """The official client's connections, kept idle for less long than it would."""
 
-    def __init__(self, api: client.ApiClient) -> None:
-        self._api = api
+    def _create_connector(self) -> aiohttp.TCPConnector:
+        return aiohttp.TCPConnector(limit=self.maxsize, ssl=self.ssl_context, keepalive_timeout=_IDLE_SECONDS)
+
+
+class NotLeading(Exception):
+    """A change that only the leader may make."""
+
+
+class Kube:
+    """One connection pool to one API server.
+
+    Args:
+        api: the official client.
+        may_change: asked before every request but GET.
+    """
+
+    def __init__(self, api: client.ApiClient, *, may_change: Callable[[], bool] = lambda: True) -> None:
+        self._api, self._may_change = api, may_change
 
     @classmethod
-    async def connect(cls, *, pool_size: int = 32) -> "Kube":
+    async def connect(cls, *, kubeconfig: Path | None = None, pool_size: int = 32) -> "Kube":
         """Connect as a pod's service account, or else as the kubeconfig's user."""
         configuration = client.Configuration()
-        if os.environ.get("KUBERNETES_SERVICE_HOST") and _SERVICE_ACCOUNT.exists():
+        if kubeconfig is None and os.environ.get("KUBERNETES_SERVICE_HOST") and _SERVICE_ACCOUNT.exists():
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
         else:
-            await config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        configuration.connection_pool_maxsize = pool_size
-        return cls(client.ApiClient(configuration))
+            file = str(kubeconfig) if kubeconfig is not None else None
+            await config.load_kube_config(file, client_configuration=configuration)  # type: ignore[no-untyped-call]
+        return cls(_client(configuration, pool_size=pool_size))
+
+    def apart(self, *, pool_size: int) -> "Kube":
+        """A pool of its own to the same API server, for what must not wait for a connection."""
+        return Kube(_client(self.configuration, pool_size=pool_size))
+
+    def fenced(self, may_change: Callable[[], bool]) -> "Kube":
+        """The same pool, for one who may change the cluster only while ``may_change`` says so."""
+        return Kube(self._api, may_change=may_change)
 
     @property
     def configuration(self) -> client.Configuration:
@@ -132,16 +172,23 @@ class Kube:
         """One request.
 
         Raises:
-            ApiError: the server answered with an error.
+            ApiError: the server answered with an error, or something between it and us did.
             aiohttp.ClientError, TimeoutError: it did not answer.
+            NotLeading: this one may not change the cluster any more.
         """
-        timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS)
+        timeout = aiohttp.ClientTimeout(
+            total=_REQUEST_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS
+        )
         response = await self._send(method, address, body, query, content_type, timeout)
         data = await response.read()
         if response.status >= 400:
             raise ApiError.from_body(response.status, data)
-        parsed = json.loads(data)
-        assert isinstance(parsed, dict)
+        try:
+            parsed = json.loads(data)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ApiError(response.status, "NotAnObject", f"{method} {address}: {data[:200].decode(errors='replace')}")
         return parsed
 
     async def get(self, address: str, **query: str) -> Raw:
@@ -176,15 +223,25 @@ class Kube:
             if not token:
                 return
 
-    async def watch(self, address: str, *, query: Mapping[str, str], version: str) -> AsyncIterator[Raw]:
-        """Watch events after ``version``, bookmarks among them, until the server ends the stream or falls silent.
+    async def watch(
+        self, address: str, *, query: Mapping[str, str], version: str, seconds: float, silence_seconds: float = 5.0
+    ) -> AsyncIterator[Raw]:
+        """Watch events after ``version``, bookmarks among them.
+
+        Args:
+            address: of a collection.
+            query: selectors.
+            version: the resourceVersion of the last event that is known.
+            seconds: after how long the server ends the stream.
+            silence_seconds: how much longer than that it may say nothing.
 
         Raises:
             ApiError: the server refused, or sent an ERROR event; 410 means that ``version`` is too old.
-            aiohttp.ClientError, TimeoutError: the connection broke.
+            aiohttp.ClientError, TimeoutError: the connection broke, or fell silent.
         """
         wanted = {**query, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_WATCH_SILENCE_SECONDS)
+        wanted["timeoutSeconds"] = str(round(seconds))
+        timeout = aiohttp.ClientTimeout(total=round(seconds) + silence_seconds, sock_connect=_CONNECT_SECONDS)
         response = await self._send("GET", address, None, wanted, "application/json", timeout)
         stream = response.response
         try:
@@ -196,8 +253,6 @@ class Kube:
                     said = event["object"]
                     raise ApiError(said.get("code", 500), said.get("reason", ""), said.get("message", ""))
                 yield event
-        except aiohttp.SocketTimeoutError:
-            return
         finally:
             stream.close()
 
@@ -218,4 +273,6 @@ class Kube:
             header_params=headers,
             auth_settings=["BearerToken"],
         )
+        if method != "GET" and not self._may_change():
+            raise NotLeading(f"{method} {address}: this replica does not lead any more")
         return await self._api.call_api(method, url, header_params=headers, body=body, _request_timeout=timeout)

@@ -140,8 +140,8 @@ class WorkQueue(Generic[K]):
         except Exception as error:
             self._failures[key] += 1
             seconds = backoff_seconds(self._failures[key], jitter=random.random())
-            unexpected = not isinstance(error, Retry)
-            logger.warning("%s: %s; again in %.1f s", key, error or type(error).__name__, seconds, exc_info=unexpected)
+            unexpected, said = not isinstance(error, Retry), str(error) or type(error).__name__
+            logger.warning("%s: %s; again in %.1f s", key, said, seconds, exc_info=unexpected)
         else:
             self._failures.pop(key, None)
         if seconds is not None:

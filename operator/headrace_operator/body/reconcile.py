@@ -4,7 +4,7 @@ In: a run's key from the queue. Out: when to look again at the latest. ``plan`` 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -16,12 +16,14 @@ from headrace_api.planning.fit import device_errors
 from headrace_api.run import Condition, ConditionType, RunStatus, TrainingRun
 from headrace_api.runtime import TrainingRuntime
 from headrace_api.words import line
-from headrace_operator.body.apply import Writer, status_delay
+from headrace_operator.body.apply import StatusChange, Writer, status_change
 from headrace_operator.body.caches import Cluster, RunKey
-from headrace_operator.body.kube import ApiError, Raw
+from headrace_operator.body.kube import ApiError, NotLeading, Raw, words
 from headrace_operator.body.outcomes import refusal_of
+from headrace_operator.body.pace import Pace
 from headrace_operator.body.queue import Retry
-from headrace_operator.body.runs import Runs, runtime_of
+from headrace_operator.body.runs import Runs, runtime_of, uid_of
+from headrace_operator.body.store import Store
 from headrace_operator.brain.observed import Refusal
 from headrace_operator.brain.plan import Event, Plan, plan
 from headrace_operator.metrics import RECONCILE_ERRORS, RECONCILE_SECONDS
@@ -35,16 +37,19 @@ class Reconciler:
     """Makes the cluster what runs ask for."""
 
     runs: Runs
-    runtimes: Mapping[str, Raw]
+    runtimes: Store[str, Raw]
     cluster: Cluster
     writer: Writer
     progress_url: str | None
     """Where pods report."""
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
-    _written: dict[RunKey, float] = field(default_factory=dict)
-    """When each status was last written, by the monotonic clock."""
+    pace: Pace = field(default_factory=lambda: Pace(now=time.monotonic()))
     _complaints: dict[RunKey, str] = field(default_factory=dict)
     """What each run was last told about a start that failed; said once."""
+
+    def seconds_to_progress(self, run_uid: str) -> float | None:
+        """How long a run's progress is to wait; None where it waits already."""
+        return None if self.pace.has_turn(run_uid) else self.pace.seconds_to_turn(run_uid, now=time.monotonic())
 
     async def __call__(self, key: RunKey) -> float | None:
         """Look at a run once; returns after how many seconds to look again at the latest."""
@@ -54,21 +59,20 @@ class Reconciler:
             except Retry:
                 RECONCILE_ERRORS.labels(reason="retry").inc()
                 raise
+            except NotLeading as error:
+                raise Retry(str(error)) from error
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
                 RECONCILE_ERRORS.labels(reason="api").inc()
-                raise Retry(str(error) or type(error).__name__) from error
+                raise Retry(words(error)) from error
             except Exception:
                 RECONCILE_ERRORS.labels(reason="bug").inc()
                 raise
 
-    def forget(self, key: RunKey) -> None:
-        """Forget a run that is gone."""
-        if (known := self.runs.get(key)) is not None:
-            self.cluster.refusals.forget(known["metadata"]["uid"])
-        self.runs.drop(key)
-        self.cluster.progress.forget(key)
-        self.writer.forget(key)
-        self._written.pop(key, None)
+    def forget(self, key: RunKey, run_uid: str) -> None:
+        """Forget a run that is gone; another may have its name now."""
+        self.cluster.refusals.forget(run_uid)
+        self.writer.forget(run_uid)
+        self.pace.forget(run_uid)
         self._complaints.pop(key, None)
 
     async def _reconcile(self, key: RunKey) -> float | None:
@@ -78,12 +82,12 @@ class Reconciler:
         try:
             run = _parse(raw, self._runtime(raw))
         except ManifestError as error:
-            await self._refuse(key, raw, error)
+            await self._refuse(raw, error)
             return None
         now = self.clock()
         decision = plan(run, self.cluster.observe(key, run_uid=run.metadata.uid, now=now))
         runtime = self._runtime(raw) if decision.start else None
-        delay = await self._write(key, raw, self._status(decision, runtime, raw))
+        delay = await self._write(raw, self._status(decision, runtime, raw))
         for event in decision.events:
             await self.writer.post_event(raw, event)
         for attempt in decision.stop:
@@ -124,17 +128,20 @@ class Reconciler:
             status["phaseMessage"] = f"Waiting: there is no TrainingRuntime {runtime_of(raw)}"
         return status
 
-    async def _write(self, key: RunKey, raw: Raw, status: dict[str, Any]) -> float | None:
+    async def _write(self, raw: Raw, status: dict[str, Any]) -> float | None:
         """Write a status that is due; returns when it is due if that is later."""
-        since = time.monotonic() - self._written.get(key, float("-inf"))
-        delay = status_delay(raw.get("status", {}), status, seconds_since_write=since)
-        if delay == 0:
-            await self.writer.write_status(raw, status)
-            self._written[key] = time.monotonic()
+        uid, now = uid_of(raw), time.monotonic()
+        change = status_change(raw.get("status", {}), status)
+        if change is StatusChange.NONE:
+            self.pace.nothing_to_write(uid)
             return None
-        return delay
+        if change is StatusChange.PROGRESS and (wait := self.pace.seconds_to_turn(uid, now=now)) > 0:
+            return wait
+        await self.writer.write_status(raw, status)
+        self.pace.written(uid, now=now)
+        return None
 
-    async def _refuse(self, key: RunKey, raw: Raw, error: ManifestError) -> None:
+    async def _refuse(self, raw: Raw, error: ManifestError) -> None:
         """Say what is wrong with a run, and leave what it may have running as it is.
 
         A run that is complete was valid once: an operator that has become stricter does not take that back.
@@ -142,8 +149,8 @@ class Reconciler:
         if is_complete(raw):
             return
         status = refused_status(raw, error, now=self.clock())
-        if status_delay(raw.get("status", {}), status, seconds_since_write=0.0) is not None:
-            await self._write(key, raw, status)
+        if status_change(raw.get("status", {}), status) is not StatusChange.NONE:
+            await self._write(raw, status)
             await self.writer.post_event(raw, Event(type="Warning", reason="Invalid", message=str(error)))
 
 

@@ -4,10 +4,11 @@ In: raw objects from watches and from one's own writes. Out: the newest of each.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from headrace_operator.body.caches import RunKey
 from headrace_operator.body.kube import Raw, version_of
+from headrace_operator.body.store import Entry, Store
 
 _UNREAD = ("managedFields",)
 
@@ -15,6 +16,11 @@ _UNREAD = ("managedFields",)
 def key_of(raw: Raw) -> RunKey:
     """The name of a run."""
     return RunKey(raw["metadata"]["namespace"], raw["metadata"]["name"])
+
+
+def uid_of(raw: Raw) -> str:
+    """What tells a run from an earlier one of the same name."""
+    return str(raw["metadata"]["uid"])
 
 
 def runtime_of(raw: Raw) -> str:
@@ -26,38 +32,41 @@ class Runs:
     """TrainingRuns by key, and by the runtime that they name."""
 
     def __init__(self) -> None:
-        self._runs: dict[RunKey, Raw] = {}
+        self._store: Store[RunKey, Raw] = Store()
         self._by_runtime: dict[str, set[RunKey]] = defaultdict(set)
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self._store)
 
-    def __iter__(self) -> Iterator[Raw]:
-        return iter(self._runs.values())
+    def __iter__(self) -> Iterator[RunKey]:
+        return iter(self._store)
 
     def put(self, raw: Raw) -> bool:
-        """Remember a run; False if this version, or a newer one, is known."""
+        """Remember a run; False if it is no news."""
         key, known = key_of(raw), self.get(key_of(raw))
-        if (
-            known is not None
-            and known["metadata"]["uid"] == raw["metadata"]["uid"]
-            and version_of(known) >= version_of(raw)
-        ):
+        if not self._store.put(key, Entry(uid=uid_of(raw), version=version_of(raw), value=_trimmed(raw))):
             return False
-        self.drop(key)
-        self._runs[key] = _trimmed(raw)
+        if known is not None:
+            self._by_runtime[runtime_of(known)].discard(key)
         self._by_runtime[runtime_of(raw)].add(key)
         return True
 
-    def drop(self, key: RunKey) -> None:
-        """Forget a run."""
-        known = self._runs.pop(key, None)
-        if known is not None:
-            self._by_runtime[runtime_of(known)].discard(key)
+    def drop(self, key: RunKey, *, uid: str, version: int) -> None:
+        """Forget a run as of a version; another that has its name now stays."""
+        dropped = self._store.drop(key, uid=uid, version=version)
+        if dropped is not None:
+            self._by_runtime[runtime_of(dropped)].discard(key)
+
+    def keep_only(self, uids: Set[str], *, version: int) -> list[Raw]:
+        """Forget what a fresh list of a version does not have; returns that."""
+        gone = self._store.keep_only(uids, version=version)
+        for key, raw in gone:
+            self._by_runtime[runtime_of(raw)].discard(key)
+        return [raw for _, raw in gone]
 
     def get(self, key: RunKey) -> Raw | None:
         """A run as the API server has it."""
-        return self._runs.get(key)
+        return self._store.get(key)
 
     def with_runtime(self, name: str) -> tuple[RunKey, ...]:
         """The runs that name a runtime."""

@@ -1,31 +1,37 @@
-"""Where changes come in. Nothing is decided here: a change updates a cache and puts the run's key in the queue.
+"""Where changes of runtimes and of runs' children come in: pages and watches with a label selector, kept as trimmed records.
 
-TrainingRuns come through kopf, whose only handler is ``on.event``: no finalizers, no annotations, no timers. Their
-children come through ``Reflector``: pages and watches with a label selector, kept as trimmed records.
+Nothing is decided here: a change updates a cache and puts the run's key in the queue. ``run_watch`` does it for the runs.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import aiohttp
-import kopf
 
-from headrace_api import GROUP, VERSION
 from headrace_operator.body.build.names import RUN_LABEL
 from headrace_operator.body.caches import Cache, Cluster, R, RunKey
-from headrace_operator.body.kube import ApiError, Kube, Raw, path
+from headrace_operator.body.kube import ApiError, Kube, Raw, path, version_of, words
 from headrace_operator.body.records import deployment_record, job_record, pod_record
-from headrace_operator.body.runs import Runs, key_of
+from headrace_operator.body.runs import Runs
+from headrace_operator.body.store import Entry, Store
 from headrace_operator.metrics import WATCH_EVENTS, WATCH_FAILURES
 
 logger = logging.getLogger(__name__)
 
 _TROUBLES = (ApiError, aiohttp.ClientError, TimeoutError)
-_LONGEST_PAUSE_SECONDS = 30.0
+_LONGEST_PAUSE_SECONDS = 5.0
+_SHORT_SECONDS = 5.0
+"""A watch that ends sooner, as behind some proxies, counts as a failure: else it would be begun again without end."""
+_ATTEMPTS_FROM_ONE_PLACE = 3
+"""How often a server may refuse to go on from a place before everything is listed again."""
+WATCH_SECONDS = 15
+"""How long a watch lasts. The server ends it, so silence beyond that means that the connection is dead; and since it
+sends a bookmark shortly before, the place is never old."""
+WATCH_SILENCE_SECONDS = WATCH_SECONDS + 5
 
 Notify = Callable[[RunKey], None]
 
@@ -37,10 +43,10 @@ class Sink(Protocol):
         """An object was added or changed."""
 
     def drop(self, raw: Raw) -> None:
-        """An object was deleted."""
+        """An object was deleted; its resourceVersion is that of the deletion."""
 
-    def replace(self, raws: set[tuple[str, str]]) -> None:
-        """These (namespace, name) are all objects that there are."""
+    def keep_only(self, uids: Set[str], *, version: int) -> None:
+        """At a version these are all objects that there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,7 @@ class CacheSink:
         """Remember an object's record; an object that only looks like one of ours is skipped."""
         try:
             record = self.record(raw)
-        except (KeyError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s %s is not Headrace's: %r", raw.get("kind"), raw["metadata"].get("name"), error)
             return
         if self.cache.put(record):
@@ -63,13 +69,14 @@ class CacheSink:
 
     def drop(self, raw: Raw) -> None:
         """Forget an object."""
-        key = self.cache.drop(raw["metadata"]["namespace"], raw["metadata"]["name"])
+        meta = raw["metadata"]
+        key = self.cache.drop(meta["namespace"], meta["name"], uid=meta["uid"], version=version_of(raw))
         if key is not None:
             self.notify(key)
 
-    def replace(self, raws: set[tuple[str, str]]) -> None:
+    def keep_only(self, uids: Set[str], *, version: int) -> None:
         """Forget all others."""
-        for key in self.cache.keep_only(raws):
+        for key in self.cache.keep_only(uids, version=version):
             self.notify(key)
 
 
@@ -77,24 +84,25 @@ class CacheSink:
 class RuntimeSink:
     """Keeps TrainingRuntimes; wakes the runs that name one that changed."""
 
-    runtimes: dict[str, Raw]
+    runtimes: Store[str, Raw]
     runs: Runs
     notify: Notify
 
     def put(self, raw: Raw) -> None:
         """Remember a runtime."""
-        self.runtimes[raw["metadata"]["name"]] = raw
-        self._wake(raw["metadata"]["name"])
+        meta = raw["metadata"]
+        if self.runtimes.put(meta["name"], Entry(uid=meta["uid"], version=version_of(raw), value=raw)):
+            self._wake(meta["name"])
 
     def drop(self, raw: Raw) -> None:
         """Forget a runtime."""
-        self.runtimes.pop(raw["metadata"]["name"], None)
-        self._wake(raw["metadata"]["name"])
+        meta = raw["metadata"]
+        if self.runtimes.drop(meta["name"], uid=meta["uid"], version=version_of(raw)) is not None:
+            self._wake(meta["name"])
 
-    def replace(self, raws: set[tuple[str, str]]) -> None:
+    def keep_only(self, uids: Set[str], *, version: int) -> None:
         """Forget all others."""
-        for name in self.runtimes.keys() - {name for _, name in raws}:
-            del self.runtimes[name]
+        for name, _ in self.runtimes.keep_only(uids, version=version):
             self._wake(name)
 
     def _wake(self, runtime: str) -> None:
@@ -111,57 +119,81 @@ class Reflector:
     sink: Sink
     query: Mapping[str, str] = field(default_factory=dict)
     synced: asyncio.Event = field(default_factory=asyncio.Event)
+    _place: str | None = None
+    """The resourceVersion of the last event, or of the list: where the next watch goes on."""
 
     async def run(self) -> None:
         """List, then watch, for ever; list again when the watch has lost its place."""
-        version, failures = None, 0
+        loop, failures = asyncio.get_running_loop(), 0
         while True:
-            try:
-                version = version or await self._list()
-                version = await self._watch(version)
+            began = loop.time()
+            trouble = await self._follow()
+            if trouble is None and loop.time() - began >= _SHORT_SECONDS:
                 failures = 0
-            except _TROUBLES as error:
-                gone = isinstance(error, ApiError) and error.status == 410
-                version, failures = (None if gone else version), failures + 1
-                WATCH_FAILURES.labels(kind=self.kind).inc()
-                pause = min(2.0 ** min(failures, 10) / 2, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
-                logger.log(
-                    logging.DEBUG if gone or failures == 1 else logging.WARNING,
-                    "watching %ss: %s; again in %.1f s",
-                    self.kind,
-                    error or type(error).__name__,
-                    pause,
-                )
-                await asyncio.sleep(pause)
+                continue
+            failures += 1
+            if isinstance(trouble, ApiError) and _has_lost_its_place(trouble, failures=failures):
+                self._place = None
+            pause, said = pause_seconds(failures), words(trouble) if trouble is not None else "it ended at once"
+            WATCH_FAILURES.labels(kind=self.kind).inc()
+            level = logging.DEBUG if failures == 1 else logging.WARNING
+            logger.log(level, "watching %ss: %s; again in %.1f s", self.kind, said, pause)
+            await asyncio.sleep(pause)
+
+    async def _follow(self) -> Exception | None:
+        """List if there is no place to go on from, and watch; returns why that ended too early, if it did."""
+        try:
+            if self._place is None:
+                self._place = await self._list()
+            await self._watch(self._place)
+        except _TROUBLES as error:
+            return error
+        except Exception as error:
+            # Whatever it was that could not be taken, the list has its newest state.
+            logger.exception("watching %ss", self.kind)
+            self._place = None
+            return error
+        return None
 
     async def _list(self) -> str:
-        seen: set[tuple[str, str]] = set()
+        uids: set[str] = set()
         version = ""
         async for page in self.kube.pages(path(self.kind), query=self.query):
             for raw in page["items"]:
                 self.sink.put({"kind": self.kind, **raw})
-                seen.add((raw["metadata"].get("namespace", ""), raw["metadata"]["name"]))
+                uids.add(raw["metadata"]["uid"])
             version = page["metadata"]["resourceVersion"]
             await asyncio.sleep(0)  # a page is some milliseconds of work; others get their turn
-        self.sink.replace(seen)
+        self.sink.keep_only(uids, version=int(version))
         self.synced.set()
         return version
 
-    async def _watch(self, version: str) -> str:
-        query = {**self.query, "timeoutSeconds": str(random.randint(240, 480))}
-        async for event in self.kube.watch(path(self.kind), query=query, version=version):
+    async def _watch(self, version: str) -> None:
+        seconds = random.uniform(0.8, 1) * WATCH_SECONDS
+        events = self.kube.watch(path(self.kind), query=self.query, version=version, seconds=seconds)
+        async for event in events:
             raw = event["object"]
-            version = raw["metadata"]["resourceVersion"]
             if event["type"] in ("ADDED", "MODIFIED"):
                 self.sink.put(raw)
             elif event["type"] == "DELETED":
                 self.sink.drop(raw)
+            self._place = raw["metadata"]["resourceVersion"]
             WATCH_EVENTS.labels(kind=self.kind).inc()
-        return version
+
+
+def _has_lost_its_place(trouble: ApiError, *, failures: int) -> bool:
+    """Whether a watch cannot go on where it was: the server has forgotten that version, or never comes to have it, as
+    after etcd was restored."""
+    return trouble.status == 410 or (trouble.status in (400, 504) and failures > _ATTEMPTS_FROM_ONE_PLACE)
+
+
+def pause_seconds(failures: int) -> float:
+    """How long to wait after so many failures in a row, at least 1: not so long that a server that is back waits for us."""
+    return float(min(2.0 ** min(failures, 10) / 4, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))
 
 
 def reflectors(
-    kube: Kube, *, cluster: Cluster, runs: Runs, runtimes: dict[str, Raw], notify: Notify
+    kube: Kube, *, cluster: Cluster, runs: Runs, runtimes: Store[str, Raw], notify: Notify
 ) -> tuple[Reflector, ...]:
     """One reflector for each kind that a run's state depends on, besides the runs."""
     ours = {"labelSelector": RUN_LABEL}
@@ -175,65 +207,3 @@ def reflectors(
 
 def _sink(cache: Cache[R], record: Callable[[Raw], R], notify: Notify) -> CacheSink:
     return CacheSink(cache=cache, record=record, notify=notify)
-
-
-def registry(kube: Kube, *, runs: Runs, notify: Notify, forget: Notify) -> kopf.OperatorRegistry:
-    """kopf's handlers: a login like ours, and the one on TrainingRun events."""
-    handlers = kopf.OperatorRegistry()
-
-    @kopf.on.login(registry=handlers)
-    async def log_in(**_: Any) -> kopf.ConnectionInfo:
-        return await _connection(kube)
-
-    @kopf.on.event(GROUP, VERSION, "trainingruns", registry=handlers)
-    async def on_run(event: Any, **_: Any) -> None:
-        raw = event["object"]
-        WATCH_EVENTS.labels(kind="TrainingRun").inc()
-        if event["type"] == "DELETED":
-            forget(key_of(raw))
-        elif runs.put(dict(raw)):
-            notify(key_of(raw))
-
-    return handlers
-
-
-async def _connection(kube: Kube) -> kopf.ConnectionInfo:
-    """What kopf needs to speak to the same API server as the same user; it asks again when a token has expired."""
-    configuration = kube.configuration
-    scheme, _, token = (await kube.authorization()).rpartition(" ")
-    return kopf.ConnectionInfo(
-        server=configuration.host,
-        ca_path=configuration.ssl_ca_cert,
-        insecure=not configuration.verify_ssl,
-        scheme=scheme.capitalize() or None,
-        token=token or None,
-        certificate_path=configuration.cert_file,
-        private_key_path=configuration.key_file,
-    )
-
-
-def settings() -> kopf.OperatorSettings:
-    """kopf as a watcher only: it posts nothing, stores nothing, and keeps no idle workers."""
-    chosen = kopf.OperatorSettings()
-    chosen.posting.enabled = False
-    chosen.scanning.disabled = True
-    chosen.watching.chunk_size = 500
-    chosen.queueing.idle_timeout = 0.1
-    chosen.networking.error_backoffs = (1, 2, 4, 8, 16)
-    return chosen
-
-
-async def wait_for_definitions(kube: Kube, *, pause_seconds: float = 2.0) -> None:
-    """Wait until the API server serves Headrace's kinds: kopf looks for them only once."""
-    while True:
-        try:
-            await kube.get(path("TrainingRun"), limit="1")
-            await kube.get(path("TrainingRuntime"), limit="1")
-            return
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            logger.warning("the API server does not know TrainingRuns yet: install the CustomResourceDefinitions")
-        except _TROUBLES as error:
-            logger.warning("the API server: %s", error or type(error).__name__)
-        await asyncio.sleep(pause_seconds)

@@ -42,8 +42,8 @@ class Objects:
 
     @property
     def dependents(self) -> tuple[Raw, Raw]:
-        """What goes when the workload goes."""
-        return self.config, self.service
+        """What goes when the workload goes. The ConfigMap comes last: where it is, or a pod runs, nothing is missing."""
+        return self.service, self.config
 
 
 def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
