@@ -294,7 +294,7 @@ def init(
 
 
 def main() -> None:
-    """The entry point of the ``headrace`` command: every error becomes lines for people and an exit code."""
+    """Run a command; every error becomes lines for people and an exit code."""
     try:
         app()
     except BrokenPipeError:

@@ -110,6 +110,7 @@ def test_ask_reaches_this_runs_server_wherever_it_is_and_no_other(headrace):
         assert f"no server of it is running; start it with headrace run {headrace.folder / 'run.yaml'}" in dead.err
         seen = json.loads(headrace("status", "small", "-o", "json").out)
         assert (seen["summary"], seen.get("endpoint")) == ("Interrupted", None)
+        headrace.manifest(*STAGES, restartPolicy={"maxInfraRestarts": 1})
         assert headrace("run", "run.yaml").code == 0
         after = headrace.status()["endpoint"]
         assert after != before

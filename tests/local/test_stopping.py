@@ -110,6 +110,17 @@ def test_nohup_is_respected(waiting):
     assert run.wait(timeout=60) == 130
 
 
+def test_ctrl_c_at_any_moment_of_a_start_prints_no_traceback(waiting):
+    for delay in (0.05, 0.1, 0.2, 0.4, 0.8):
+        run = waiting.start()
+        time.sleep(delay)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+        assert run.returncode in (130, -signal.SIGINT)
+        assert "Traceback" not in err
+        assert waiting.processes() == []
+
+
 def test_stop_at_any_moment_of_a_start_leaves_nothing_alive(waiting):
     seed = int(os.environ.get("HEADRACE_TEST_SEED", random.randrange(10**6)))
     draw = random.Random(seed)
