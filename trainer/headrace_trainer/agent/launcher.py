@@ -100,7 +100,10 @@ def _become_rank(plan: Ranks, i: int, stage_file: str, *, parent: int, alone: bo
             "LOCAL_RANK": str(i),
             "LOCAL_WORLD_SIZE": str(plan.count),
         }
-    if plan.module is None or not (alone and _can_use_cuda()):
+    is_fit = plan.module is not None and alone and _can_use_cuda()
+    if plan.module is not None and not is_fit:
+        print("threads or CUDA were started while importing: this rank imports once more", file=sys.stderr, flush=True)
+    if not is_fit:
         os.execv(sys.executable, [sys.executable, "-m", "headrace_trainer.stage", stage_file])
     from headrace_trainer.stage import main as run_rank
 

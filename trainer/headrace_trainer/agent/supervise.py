@@ -172,7 +172,7 @@ class Agent:
 
     def _must_be_stopped(self) -> Outcome | None:
         """Why ranks that were asked to stop are not waited for any longer; None while they are."""
-        if self._asked_to_stop_at is None:
+        if self._asked_to_stop_at is None or (self.launch.ended and not self.launch.pids):
             return None
         since = time.monotonic() - self._asked_to_stop_at
         is_gang = self.resolved.stage.config.RUNS_AS is RunsAs.GANG
@@ -183,11 +183,13 @@ class Agent:
         if not silent and since <= self.settings.grace_seconds:
             return None
         if not is_gang:
-            return Outcome(
-                fault=FaultClass.STOPPED, reason="Stopped", message="stopped; it begins again from its start"
-            )
-        who = f"ranks {', '.join(map(str, silent))} did" if silent else "some ranks did"
-        message = f"{who} not answer the request to stop, and all were killed after {since:.0f} s; work since the last checkpoint is lost"
+            message = f"killed {since:.0f} s after the request to stop; there was nothing to save"
+            return Outcome(fault=FaultClass.STOPPED, reason="Stopped", message=message)
+        who = f"ranks {', '.join(map(str, silent))}" if silent else "some ranks"
+        message = (
+            f"{who} did not answer the request to stop; all were killed after {since:.0f} s, and the work since the last "
+            "checkpoint is lost"
+        )
         return Outcome(fault=FaultClass.PROCESS, reason="KilledWhileStopping", message=message)
 
     def _others_had_their_say(self) -> bool:
