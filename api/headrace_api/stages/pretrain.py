@@ -145,6 +145,15 @@ def _divides(field: str, dimension: str) -> JsonSchema:
 _WARMUP_TOKENS = "self.schedule.warmup * self.sequenceLength * self.globalBatchSize"
 
 
+class NonFinite(Spec):
+    """How many steps may be skipped because their loss or gradient is not a finite number."""
+
+    max_in_a_row: int = Field(3, ge=0, le=1000)
+    """maxInARow bounds the skipped steps that follow one another. Beyond it, training takes the weights of an older checkpoint once, leaves out the data that it read since, and fails if that does not help within 1000 steps."""
+    max_per_1000_steps: int = Field(10, ge=0, le=1000)
+    """maxPer1000Steps bounds the skipped steps among the last 1000; what follows beyond it is the same."""
+
+
 class Pretrain(StageConfig):
     """Train a language model from random weights on token shards."""
 
@@ -185,6 +194,8 @@ class Pretrain(StageConfig):
     """optimizer holds AdamW's constants."""
     checkpoint: Annotated[Checkpointing, Part.EXECUTION] = Field(default_factory=Checkpointing)
     """checkpoint says when the training state is saved."""
+    non_finite: Annotated[NonFinite, Part.EXECUTION] = Field(default_factory=NonFinite)
+    """nonFinite says how many steps may be skipped because their loss or gradient is not a finite number."""
     validation: Annotated[Validation, Part.EXECUTION] = Field(default_factory=Validation)
     """validation says when the loss on held-out text is measured."""
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -70,6 +71,8 @@ class Run:
     """The last rank can write no file of more than 20 kB from this step on, as on a disk that is nearly full."""
     bucket_size: int | None = None
     """Parameters in a bucket whose gradients are reduced together; one bucket holds them all if None."""
+    bad_steps: tuple[int, ...] = ()
+    """Steps (counted from 0) at which the last rank's part of the batch has a loss of NaN."""
     nodes: bool = False
     """Whether every rank has a scratch folder of its own, as on nodes of their own."""
 
@@ -261,7 +264,20 @@ def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callab
         loop = build_loop(ctx, ranks, card, training=training, validation=Synthetic(run, offset=1))
         if rank == 0:
             _trouble_in_storage(run, ctx.store)
+        if rank == world - 1:
+            loop.training = replace(loop.training, objective=_NotANumber(run, loop))
         return work(loop, ctx, card)
+
+
+class _NotANumber:
+    """Collates as the objective of a loop does, but for the batches of bad steps, whose losses are NaN."""
+
+    def __init__(self, run: Run, loop: Any) -> None:
+        self._run, self._loop, self._objective = run, loop, loop.training.objective
+
+    def collate(self, *args: Any) -> Any:
+        batch = self._objective.collate(*args)
+        return replace(batch, mask_BT=batch.mask_BT * math.nan) if self._loop.step in self._run.bad_steps else batch
 
 
 def _trouble(run: Run, ctx: Any, *, is_last: bool) -> Callable[[int], None]:

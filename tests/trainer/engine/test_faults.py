@@ -8,13 +8,11 @@ from trainer.engine.gangs import DP2, TP2, Run, gang, train
 
 
 @pytest.mark.parametrize("layout", [TP2, DP2], ids=["TP2", "DP2"])
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(tmp_path: Path, layout: dict[str, int]) -> None:
+def test_a_model_that_diverged_ends_the_run_with_a_remedy(tmp_path: Path, layout: dict[str, int]) -> None:
     run = Run(folder=tmp_path, steps=10, every=1, learning_rate=1e30)
     ended = train(run, layout)
     assert [e.error for e in ended] == ["UserError", "UserError"]
-    assert "lower schedule.learningRate (1e+30)" in ended[0].message
-    # Nothing was saved after the step that went wrong.
-    assert f"step {1 + len(list((tmp_path / 'storage').rglob('step-*')))}:" in ended[0].message
+    assert "an older checkpoint is not there: lower schedule.learningRate (1e+30)" in ended[0].message
 
 
 def ask_for_fp8(rank: int, world: int) -> None:

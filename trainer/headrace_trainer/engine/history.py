@@ -1,6 +1,7 @@
 """The loss curve: one record a step, kept in every checkpoint, so that it survives the pod."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,36 @@ class History:
         exact = {"loss": loss, "loss_hex": loss.hex(), "grad_norm": grad_norm, "lr": learning_rate}
         self.records.append({"step": step, **exact, "tokens": tokens})
 
+    def add_skipped(self, *, step: int, reason: str, learning_rate: float, tokens: int) -> None:
+        """Add a step whose update was left out.
+
+        Args:
+            step: the step, counted from 1.
+            reason: what was not a finite number.
+            learning_rate: the step's.
+            tokens: tokens read so far.
+        """
+        self.records.append({"step": step, "skipped": reason, "lr": learning_rate, "tokens": tokens})
+
+    def roll_back(self, step: int) -> None:
+        """Note that the weights are those of an earlier step again."""
+        for record in self.records[step:]:
+            record["rolled_back"] = True
+
     def add_validation(self, loss: float) -> None:
-        """Note the validation loss after the newest step."""
-        self.records[-1]["validation_loss"] = loss
+        """Note the validation loss after the newest step; none where it is not a finite number, which JSON cannot hold."""
+        if math.isfinite(loss):
+            self.records[-1]["validation_loss"] = loss
+
+    @property
+    def loss(self) -> float | None:
+        """The newest training loss."""
+        return next((r["loss"] for r in reversed(self.records) if "loss" in r), None)
+
+    @property
+    def num_left_out(self) -> int:
+        """Steps whose update was skipped or taken back."""
+        return sum("skipped" in r or "rolled_back" in r for r in self.records)
 
     @property
     def validation_loss(self) -> float | None:
@@ -36,7 +64,7 @@ class History:
 
     def dumps(self) -> str:
         """One JSON object a line."""
-        return "".join(json.dumps(record) + "\n" for record in self.records)
+        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.records)
 
     @classmethod
     def loads(cls, text: str) -> "History":

@@ -5,6 +5,7 @@ once a checkpoint is safe. Every rank runs the same loop; what only one rank can
 to save) is added up with the loss, so that all ranks do the same thing after the same step.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -24,9 +25,12 @@ from headrace_trainer.engine.history import History
 from headrace_trainer.engine.pace import Pace
 from headrace_trainer.engine.parallel import Gang, Sum
 from headrace_trainer.engine.schedule import is_due, learning_rate
+from headrace_trainer.engine.skips import Verdict, judge, last_update
 from headrace_trainer.engine.step import Stepper
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.model_card import HISTORY_FILE
+
+log = logging.getLogger("headrace")
 
 
 class Host(Protocol):
@@ -95,7 +99,7 @@ class Loop:
 
         Raises:
             Stopped: some rank was asked to stop; a checkpoint of this step is committed.
-            UserError: the loss or the gradient is no longer a finite number.
+            UserError: too many losses or gradients were not finite numbers.
         """
         self.pace.restart()
         with collected_between_steps():
@@ -113,6 +117,8 @@ class Loop:
             UserError: as ``run``.
         """
         agreed = self._train_step()
+        if "skipped" in self.history.records[-1]:
+            self._answer_skip()
         if self._validation_due():
             self._validate()
         must_stop = agreed.must_stop and self.step < self.config.steps
@@ -137,13 +143,15 @@ class Loop:
         # The ranks meet for the norm; the exchange, begun before it, has then arrived as well.
         grad_norm = self.stepper.gradient_norm()
         agreed = self._agreed(exchange)
-        self._check_finite("loss", agreed.loss)
-        self._check_finite("gradient norm", grad_norm)
-        rate = learning_rate(self.config.schedule, step=self.step + 1, steps=self.config.steps)
-        self.stepper.update(learning_rate=rate, gradient_norm=grad_norm)
         self.step += 1
+        rate = learning_rate(self.config.schedule, step=self.step, steps=self.config.steps)
         tokens = self.step * self.config.tokens_per_step
-        self.history.add(step=self.step, loss=agreed.loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens)
+        if math.isfinite(agreed.loss) and math.isfinite(grad_norm):
+            self.stepper.update(learning_rate=rate, gradient_norm=grad_norm)
+            self.history.add(step=self.step, loss=agreed.loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens)
+        else:
+            what = f"the loss is {agreed.loss}" if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
+            self.history.add_skipped(step=self.step, reason=what, learning_rate=rate, tokens=tokens)
         self.pace.step()
         return agreed
 
@@ -167,13 +175,37 @@ class Loop:
             may_advance=ready == self.gang.layout.world,
         )
 
-    def _check_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
+    def _answer_skip(self) -> None:
+        """Go on, go back, or give up, after a step that was skipped."""
+        newest, left_out = self.history.records[-1], self.history.num_left_out
+        self.message = f"skipped step {self.step}: {newest['skipped']}; {left_out} steps left out so far"
+        if self.gang.is_first:
+            log.warning(self.message)
+        verdict = judge(self.history.records, self.config.non_finite)
+        if verdict is Verdict.ROLL_BACK and self._roll_back():
+            return
+        if verdict is not Verdict.GO_ON:
             raise UserError(
-                f"step {self.step + 1}: the {what} is {value}: lower schedule.learningRate "
+                f"step {self.step}: {newest['skipped']}, once more than nonFinite allows, and an older checkpoint "
+                f"{'did not help' if verdict is Verdict.GIVE_UP else 'is not there'}: lower schedule.learningRate "
                 f"({self.config.schedule.learning_rate}), lengthen schedule.warmup ({self.config.schedule.warmup}), "
                 "or look for bad documents in the corpus"
             )
+
+    def _roll_back(self) -> bool:
+        """Take the weights of the newest checkpoint that has others, and leave out the data that was read since."""
+        self._finish_saving()
+        self._report("Loading")
+        self.stepper.gather_weights()
+        found = self.checkpointer.restore(before=last_update(self.history.records))
+        if found is None:
+            return False
+        self.history.roll_back(found.step)
+        self.message = f"took back the updates of steps {found.step + 1} to {self.step}, and left their data out"
+        if self.gang.is_first:
+            log.warning(self.message)
+        self._save()
+        return True
 
     def _validation_due(self) -> bool:
         return self.step % self.config.validation.every == 0 or self.step == self.config.steps
@@ -209,13 +241,12 @@ class Loop:
 
     def _report(self, phase: str) -> None:
         """Said by every rank after every step: the agent takes a rank that says nothing for one that hangs."""
-        newest = self.history.records[-1] if self.history.records else {}
         self.host.report(
             phase=phase,
             done=self.step,
             total=self.config.steps,
             unit="steps",
-            loss=newest.get("loss"),
+            loss=self.history.loss,
             tokens_per_second=self.pace.tokens_per_second,
             eta_seconds=self.pace.seconds_for(self.config.steps - self.step),
             checkpoint=self.saved,

@@ -7,7 +7,7 @@ the ranks that wrote them, then the manifest. What has no manifest was never fin
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from headrace_api.stages.pretrain import Checkpointing
 from headrace_trainer import board
 from headrace_trainer.engine.checkpoint.choice import Choice, choose
 from headrace_trainer.engine.checkpoint.files import CheckpointFiles
-from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest
+from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest, step_of
 from headrace_trainer.engine.checkpoint.saving import Saving
 from headrace_trainer.engine.checkpoint.state import StateWriter, TrainState, is_own_file, load_state
 from headrace_trainer.engine.checkpoint.store import CheckpointStore, find_trainings
@@ -184,13 +184,10 @@ class Checkpointer:
         if choice.refusal:
             raise UserError(choice.refusal)
         self._checkpoints = CheckpointStore(self._store, f"{self._root}/{choice.folder}")
-        passed_over: dict[str, str] = {}
-        for name in self._gang.from_first(self._checkpoints.committed):
-            found = self._load(name)
-            if isinstance(found, Loaded):
-                return self._started(name, found, passed_over=list(passed_over))
-            passed_over[name] = found[:_REASON_CHARACTERS]
-            self._gang.from_first(functools.partial(self._checkpoints.mark_corrupt, name, passed_over[name]))
+        names = self._gang.from_first(self._checkpoints.committed)
+        found, passed_over = self._load_first(names)
+        if found is not None:
+            return found
         if passed_over:
             name, reason = next(iter(passed_over.items()))
             raise StorageError(
@@ -200,6 +197,27 @@ class Checkpointer:
         if choice.message and self._gang.is_first:
             log.warning(choice.message)
         return Start(message=choice.message)
+
+    def restore(self, *, before: int) -> SavedCheckpoint | None:
+        """Load the newest checkpoint of this training that was made before a step.
+
+        Returns:
+            What was loaded; None where there is none.
+        """
+        names = self._gang.from_first(self._checkpoints.committed)
+        found, _ = self._load_first([name for name in names if step_of(name) < before])
+        return None if found is None else found.saved
+
+    def _load_first(self, names: Sequence[str]) -> tuple[Start | None, dict[str, str]]:
+        """Load the first checkpoint that can be loaded; why those before it could not."""
+        passed_over: dict[str, str] = {}
+        for name in names:
+            found = self._load(name)
+            if isinstance(found, Loaded):
+                return self._started(name, found, passed_over=list(passed_over)), passed_over
+            passed_over[name] = found[:_REASON_CHARACTERS]
+            self._gang.from_first(functools.partial(self._checkpoints.mark_corrupt, name, passed_over[name]))
+        return None, passed_over
 
     def _choose(self) -> Choice:
         return choose(

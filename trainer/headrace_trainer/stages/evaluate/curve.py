@@ -54,6 +54,7 @@ def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters:
 
 
 def _draw_training(axes: Axes, records: list[dict[str, Any]]) -> None:
+    records = [r for r in records if "loss" in r]  # a step that was skipped has none
     steps, losses = (np.array([r[key] for r in records]) for key in ("step", "loss"))
     if len(records) < _SMOOTHED_FROM:
         axes.plot(steps, losses, color=_TRAINING, lw=1.2, label="training")

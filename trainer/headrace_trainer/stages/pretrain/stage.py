@@ -6,6 +6,7 @@ In: a ``StageContext`` with token shards. Out: in ``ctx.output``, ``checkpoint/`
 
 import math
 import shutil
+import sys
 from pathlib import Path
 
 from headrace_api.artifact import resume_identity
@@ -143,10 +144,14 @@ def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
         "steps": float(loop.step),
         "tokensIn": float(loop.step * loop.config.tokens_per_step),
         "parameters": float(card.architecture.num_parameters(card.vocab_size)),
-        "loss": loop.history.records[-1]["loss"],
+        "skippedSteps": float(loop.history.num_left_out),
     }
+    if (loss := loop.history.loss) is not None:
+        metrics["loss"] = loss
     if (loss := loop.history.validation_loss) is not None:
-        metrics |= {"validationLoss": loss, "validationPerplexity": math.exp(loss)}
+        metrics["validationLoss"] = loss
+        if loss < math.log(sys.float_info.max):  # a model that diverged may have a perplexity that no float holds
+            metrics["validationPerplexity"] = math.exp(loss)
     if (speed := loop.pace.tokens_per_second) is not None:
         metrics["tokensPerSecond"] = speed
     return metrics
