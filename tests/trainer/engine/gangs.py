@@ -72,7 +72,7 @@ class Run:
     bucket_size: int | None = None
     """Parameters in a bucket whose gradients are reduced together; one bucket holds them all if None."""
     bad_steps: tuple[int, ...] = ()
-    """Steps (counted from 0) at which the last rank's part of the batch has a loss of NaN."""
+    """Steps (counted from 0) at which the last replica's part of the batch has a loss of NaN."""
     nodes: bool = False
     """Whether every rank has a scratch folder of its own, as on nodes of their own."""
 
@@ -264,7 +264,7 @@ def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callab
         loop = build_loop(ctx, ranks, card, training=training, validation=Synthetic(run, offset=1))
         if rank == 0:
             _trouble_in_storage(run, ctx.store)
-        if rank == world - 1:
+        if ranks.data_rank == axes.data - 1:
             loop.training = replace(loop.training, objective=_NotANumber(run, loop))
         return work(loop, ctx, card)
 

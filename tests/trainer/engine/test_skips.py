@@ -100,7 +100,7 @@ def test_a_skipped_step_is_counted_and_training_goes_on(tmp_path: Path) -> None:
 
 
 ROLLED_BACK = Run(folder=Path(), steps=STEPS, every=3, bad_steps=(6, 7, 8, 9))
-"""Four in a row, one more than may be: checkpoints are of steps 3, 6, 9, and that of 3 is the newest with other weights."""
+"""Four in a row, one more than may be: checkpoints are of steps 3 and 6, and that of 3 is the newest with other weights."""
 
 
 def test_too_many_in_a_row_take_older_weights_and_leave_the_data_out(tmp_path: Path) -> None:

@@ -117,14 +117,15 @@ class Loop:
             UserError: as ``run``.
         """
         agreed = self._train_step()
-        if "skipped" in self.history.records[-1]:
-            self._answer_skip()
+        if agreed.may_advance:
+            self.saved = self.checkpointer.advance() or self.saved
+        skipped = "skipped" in self.history.records[-1]
+        went_back = skipped and self._answer_skip()
         if self._validation_due():
             self._validate()
         must_stop = agreed.must_stop and self.step < self.config.steps
-        if agreed.may_advance:
-            self.saved = self.checkpointer.advance() or self.saved
-        if agreed.must_save or must_stop:
+        # A skipped step has nothing new, and its checkpoint would push out one whose weights are older.
+        if must_stop or went_back or (agreed.must_save and not skipped):
             self._save()
         self._report("Running")
         if must_stop:
@@ -175,15 +176,15 @@ class Loop:
             may_advance=ready == self.gang.layout.world,
         )
 
-    def _answer_skip(self) -> None:
-        """Go on, go back, or give up, after a step that was skipped."""
+    def _answer_skip(self) -> bool:
+        """Go on, go back, or give up, after a step that was skipped; whether it went back."""
         newest, left_out = self.history.records[-1], self.history.num_left_out
         self.message = f"skipped step {self.step}: {newest['skipped']}; {left_out} steps left out so far"
         if self.gang.is_first:
             log.warning(self.message)
         verdict = judge(self.history.records, self.config.non_finite)
         if verdict is Verdict.ROLL_BACK and self._roll_back():
-            return
+            return True
         if verdict is not Verdict.GO_ON:
             raise UserError(
                 f"step {self.step}: {newest['skipped']}, once more than nonFinite allows, and an older checkpoint "
@@ -191,6 +192,7 @@ class Loop:
                 f"({self.config.schedule.learning_rate}), lengthen schedule.warmup ({self.config.schedule.warmup}), "
                 "or look for bad documents in the corpus"
             )
+        return False
 
     def _roll_back(self) -> bool:
         """Take the weights of the newest checkpoint that has others, and leave out the data that was read since."""
@@ -204,7 +206,6 @@ class Loop:
         self.message = f"took back the updates of steps {found.step + 1} to {self.step}, and left their data out"
         if self.gang.is_first:
             log.warning(self.message)
-        self._save()
         return True
 
     def _validation_due(self) -> bool:
