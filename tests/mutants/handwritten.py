@@ -27,7 +27,89 @@ class Mutant:
     """pytest's node ids."""
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+MUTANTS = (
+    Mutant(
+        name="the cosine is three quarters of a step late",
+        file="trainer/headrace_trainer/engine/schedule.py",
+        before="(step - schedule.warmup) / max",
+        after="(step - 0.75 - schedule.warmup) / max",
+        tests=("tests/trainer/engine/test_arithmetic.py",),
+    ),
+    Mutant(
+        name="storage is written in place",
+        file="trainer/headrace_trainer/storage.py",
+        before='staged = final.with_name(f"{_STAGED}{uuid.uuid4().hex}")',
+        after="staged = final",
+        tests=(
+            "tests/trainer/common/test_storage.py::test_a_process_that_is_killed_in_a_write_leaves_the_old_content",
+        ),
+    ),
+    Mutant(
+        name="the old artifact.json stays while it is replaced",
+        file="trainer/headrace_trainer/artifacts.py",
+        before='        store.delete(f"{stage}/{ARTIFACT_FILE}")  # from',
+        after="        pass  # from",
+        tests=(
+            "tests/trainer/common/test_storage.py::test_a_process_that_is_killed_while_it_replaces_a_result_leaves_no_result",
+        ),
+    ),
+    Mutant(
+        name="gradients are not clipped",
+        file="trainer/headrace_trainer/engine/optimizer.py",
+        before="max_norm=optimizer.config.clip_grad",
+        after="max_norm=1e9",
+        tests=("tests/trainer/engine/test_optimizer.py",),
+    ),
+    Mutant(
+        name="weights do not decay",
+        file="trainer/headrace_trainer/engine/optimizer.py",
+        before='weight_decay * group["wd_mult"]',
+        after='0.0 * group["wd_mult"]',
+        tests=("tests/trainer/engine/test_optimizer.py",),
+    ),
+    Mutant(
+        name="start weights ignore the seed",
+        file="trainer/headrace_trainer/engine/model/start.py",
+        before='f"{seed} {key} {list(layer)}"',
+        after='f"{key} {list(layer)}"',
+        tests=("tests/trainer/engine/test_start.py",),
+    ),
+    Mutant(
+        name="the residual stream is not scaled",
+        file="trainer/headrace_trainer/engine/model/start.py",
+        before="/ math.sqrt(2 * architecture.layers)",
+        after="/ 1.0",
+        tests=("tests/trainer/engine/test_start.py",),
+    ),
+    Mutant(
+        name="the memory estimate is divided by ten",
+        file="api/headrace_api/planning/cost.py",
+        before="state_bytes_per_rank=memory.state,",
+        after="state_bytes_per_rank=memory.state // 10,",
+        tests=("tests/api/test_planning.py",),
+    ),
+    Mutant(
+        name="a status that lost a race is ignored",
+        file="operator/headrace_operator/body/apply.py",
+        before='            await self._look_again(raw)\n            raise Retry(f"the run changed while it was looked at: {error.message}") from error\n',
+        after="            return\n",
+        tests=("tests/operator/test_real_writes.py",),
+    ),
+    Mutant(
+        name="stop does nothing",
+        file="cli/headrace_cli/stop.py",
+        before="        attempts.end_all(at_once=lambda: False)\n",
+        after="",
+        tests=("tests/local/test_stopping.py",),
+    ),
+    Mutant(
+        name="nothing is killed after the grace period",
+        file="trainer/headrace_trainer/agent/supervise.py",
+        before="if not silent and since <= self.settings.grace_seconds:",
+        after="if True:",
+        tests=("tests/trainer/agent/test_stop.py",),
+    ),
+)
 
 
 def run(names: list[str]) -> bool:
