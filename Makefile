@@ -3,7 +3,7 @@ BIN := .venv/bin
 HOME_DIR ?= .headrace
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-unit test-trainer test-local test-cluster crds lock cluster-build cluster-up cluster-down clean
+.PHONY: help setup demo test lint test-unit test-trainer test-local test-cluster mutants crds lock cluster-build cluster-up cluster-down clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test-local: setup ## Whole runs with `headrace run`, faults injected: minutes
 
 test-cluster: setup cluster-up ## A real cluster: chart, operator, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
 	$(BIN)/pytest tests/charts tests/operator/test_real_*.py tests/cluster
+
+mutants: setup ## Whether the tests notice mistakes: mutmut over the pure rooms, and some written by hand (about half an hour)
+	$(BIN)/python tests/mutants
 
 crds: setup ## Generate manifests/crd from the classes
 	$(BIN)/python -m headrace_api.crd
