@@ -7,7 +7,7 @@ import pytest
 
 from headrace_api.contract import served_model_name
 from headrace_api.stages.deploy import Engine
-from headrace_operator.body.build.service import endpoint
+from headrace_operator.body.build.service import cluster_service
 from headrace_trainer.errors import UserError
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.deploy import run
@@ -41,7 +41,9 @@ def test_the_command_of_each_engine(exported, engine, num_gpus, in_pod, expected
 def test_the_address_in_a_cluster_is_that_of_the_operators_service(exported):
     resolved = deploy_stage(exported.storage, exported.ref).model_copy(update={"namespace": "team-a"})
     place = cluster_place(resolved, port=8000)
-    assert place.endpoint == endpoint("test", "deploy", namespace="team-a", port=8000)
+    service = cluster_service(resolved)
+    name, (port,) = service["metadata"]["name"], service["spec"]["ports"]
+    assert place.endpoint == f"http://{name}.team-a.svc:{port['port']}"
     assert place.local == "http://127.0.0.1:8000"
 
 
