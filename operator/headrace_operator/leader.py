@@ -20,7 +20,8 @@ from datetime import UTC, datetime
 
 import aiohttp
 
-from headrace_operator.body.kube import ApiError, Kube, Raw, path, words
+from headrace_operator.body.kube import ApiError, Kube, path, words
+from headrace_operator.body.raw import Raw
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from headrace_operator import logs, metrics
 from headrace_operator.body import watch
 from headrace_operator.body.apply import Writer
 from headrace_operator.body.caches import Cluster, RunKey
-from headrace_operator.body.kube import ApiError, Kube, Raw, path, words
+from headrace_operator.body.kube import ApiError, Kube, path, words
 from headrace_operator.body.queue import WorkQueue
+from headrace_operator.body.raw import Raw
 from headrace_operator.body.reconcile import Reconciler
 from headrace_operator.body.run_watch import RunWatch
 from headrace_operator.body.runs import Runs, uid_of

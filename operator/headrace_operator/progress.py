@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, ProgressReport
 from headrace_operator.body.caches import Cluster, RunKey
-from headrace_operator.body.kube import ApiError, Kube, Raw, path, words
+from headrace_operator.body.kube import ApiError, Kube, path, words
+from headrace_operator.body.raw import Raw
 from headrace_operator.body.records import PodRecord
 from headrace_operator.metrics import PROGRESS_REPORTS
 

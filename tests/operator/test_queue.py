@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from headrace_operator.body.queue import Deadlines, Retry, WorkQueue, backoff_seconds
+from headrace_operator.body.queue import Deadlines, Retry, WorkQueue
+from headrace_operator.brain.backoff import backoff_seconds
 
 
 def work(
@@ -119,9 +120,10 @@ def test_a_key_comes_back_at_its_deadline_and_earlier_if_something_happens() -> 
 
 
 def test_waits_double_up_to_a_minute() -> None:
-    waits = [backoff_seconds(n, jitter=0.0) for n in range(1, 10)]
-    assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
-    assert backoff_seconds(3, jitter=1.0) == 1.0
+    bounds = {"first_seconds": 0.5, "longest_seconds": 60.0}
+    assert [backoff_seconds(n, **bounds) for n in range(10)] == [0, 0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert backoff_seconds(10_000, **bounds) == 60
+    assert backoff_seconds(3, **bounds, jitter=1.0) == 1.0
 
 
 def test_of_several_deadlines_of_a_key_the_earliest_counts() -> None:

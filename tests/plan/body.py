@@ -33,7 +33,7 @@ class Body:
         self.run = self.run.model_copy(update={"status": status})
         for key in decided.stop:
             old = self.attempts[key.stage, key.number]
-            if old.outcome is None:
+            if old.state in (AttemptState.PENDING, AttemptState.RUNNING, AttemptState.STOPPING):
                 self.attempts[key.stage, key.number] = replace(old, state=AttemptState.STOPPING)
             else:
                 del self.attempts[key.stage, key.number]
@@ -64,6 +64,11 @@ class Body:
         stage, number = self.under_way()
         progress = Progress.model_validate({"stage": stage, "attempt": number, "time": START, **fields})
         return self.see(progress=progress)
+
+    def tell(self, key: tuple[str, int], **fields: object) -> None:
+        """An attempt reports progress."""
+        progress = Progress.model_validate({"stage": key[0], "attempt": key[1], "time": START, **fields})
+        self.attempts[key] = replace(self.attempts[key], progress=progress)
 
     def see(self, **fields: object) -> Plan:
         """The attempt that is under way looks different; plan again."""

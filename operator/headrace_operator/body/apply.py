@@ -18,9 +18,10 @@ from headrace_api.stages import RunsAs
 from headrace_operator.body.build import Objects, build, owned
 from headrace_operator.body.build.names import DIGEST_ANNOTATION
 from headrace_operator.body.caches import Cache, Cluster, R, RunKey
-from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, Raw, path, path_of, version_of
+from headrace_operator.body.kube import FIELD_MANAGER, ApiError, Kube, path, path_of, version_of
 from headrace_operator.body.outcomes import NameTaken
 from headrace_operator.body.queue import Retry
+from headrace_operator.body.raw import Raw
 from headrace_operator.body.records import DeploymentRecord, Record, deployment_record, job_record
 from headrace_operator.body.runs import Runs, key_of, uid_of
 from headrace_operator.brain.plan import AttemptKey, Event
@@ -56,7 +57,7 @@ class Writer:
 
     async def _start_job(self, resolved: ResolvedStage, runtime: TrainingRuntime) -> None:
         known = self._known(self._cluster.jobs, resolved)
-        if known is not None and known.deleted_at is None and await self._is_whole(known):
+        if known is not None and known.deletion_deadline is None and await self._is_whole(known):
             return
         objects = build(resolved, runtime)
         if known is not None and known.name != objects.workload["metadata"]["name"]:
@@ -75,7 +76,7 @@ class Writer:
         """A Deployment is applied when it is not there, for another attempt, or for a changed runtime, and never else."""
         digest = objects.workload["metadata"]["annotations"][DIGEST_ANNOTATION]
         known = self._known(self._cluster.deployments, resolved)
-        asked = known is not None and known.digest == digest and known.deleted_at is None
+        asked = known is not None and known.digest == digest and known.deletion_deadline is None
         if known is None or not asked or not await self._is_whole(known, service=objects.service):
             known = await self._apply_service(resolved, objects, as_asked=asked)
         if objects.scale is not None and known.asked != objects.scale["spec"]["replicas"]:
@@ -189,7 +190,7 @@ class Writer:
             for known in cache.of_run(key):
                 named = (known.stage, known.attempt) == (attempt.stage, attempt.number)
                 ours = known.owner == run_uid and attempt.uid in ("", known.uid)
-                if named and ours and known.deleted_at is None:
+                if named and ours and known.deletion_deadline is None:
                     WRITES.labels(verb="delete", kind=kind).inc()
                     await self._kube.delete(path(kind, namespace=key.namespace, name=known.name), uid=known.uid)
 

@@ -134,7 +134,7 @@ def held(pods: Sequence[PodRecord]) -> Held | None:
 
 def is_lost(pod: PodRecord, *, now: datetime) -> bool:
     """Whether a pod was to be gone by now, and nobody can say whether it is."""
-    return pod.deleted_at is not None and now > pod.deleted_at + LOST_AFTER
+    return pod.deletion_deadline is not None and now > pod.deletion_deadline + LOST_AFTER
 
 
 def job_state(
@@ -147,9 +147,9 @@ def job_state(
         pods: its pods that still have an object.
         live: those of them that may still do something.
     """
-    removed = job is None or job.deleted_at is not None
+    removed = job is None or job.deletion_deadline is not None
     failing = (job is not None and job.failed) or any(pod.phase == "Failed" for pod in pods)
-    if live and (removed or failing or any(pod.deleted_at is not None for pod in pods)):
+    if live and (removed or failing or any(pod.deletion_deadline is not None for pod in pods)):
         return AttemptState.STOPPING, None
     if failing or (job is not None and any(is_gone(pod) for pod in pods)):
         return AttemptState.FAILED, explain_failure(ends_of(pods)) or classify(
@@ -157,14 +157,14 @@ def job_state(
         )
     if (job is not None and job.complete) or (removed and pods):
         return AttemptState.SUCCEEDED, explain_success(ends_of(pods))
-    if job is None or job.deleted_at is not None:
+    if job is None or job.deletion_deadline is not None:
         return AttemptState.STOPPING, None
     return (AttemptState.RUNNING if _running(pods) >= job.size else AttemptState.PENDING), None
 
 
 def is_gone(pod: PodRecord) -> bool:
     """Whether a pod was deleted before it ended: all such pods that are not live are lost ones."""
-    return pod.deleted_at is not None and not pod.ended
+    return pod.deletion_deadline is not None and not pod.ended
 
 
 def is_serving(deployment: DeploymentRecord) -> bool:
@@ -178,7 +178,7 @@ def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tu
     It fails if its server says that it never can start, or goes on crashing past the Deployment's deadline. One that is
     only slow, because no node has room or its model is large, is waited for.
     """
-    if deployment.deleted_at is not None:
+    if deployment.deletion_deadline is not None:
         return AttemptState.STOPPING, None
     if is_serving(deployment):
         return AttemptState.RUNNING, None

@@ -168,8 +168,8 @@ class Cluster:
     def seconds_to_loss(self, key: RunKey, *, now: datetime) -> float | None:
         """When the next pod that will not end is to be given up; nothing else would wake the run for it."""
         waits = [
-            (pod.deleted_at + LOST_AFTER - now).total_seconds()
+            (pod.deletion_deadline + LOST_AFTER - now).total_seconds()
             for pod in self.pods.of_run(key)
-            if pod.deleted_at is not None and not pod.ended
+            if pod.deletion_deadline is not None and not pod.ended
         ]
         return max(1.0, min(waits)) if (waits := [w for w in waits if w > 0]) else None

@@ -16,8 +16,7 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.rest import RESTClientObject
 
 from headrace_api import GROUP, VERSION
-
-Raw = dict[str, Any]
+from headrace_operator.body.raw import Raw
 
 FIELD_MANAGER = "headrace"
 _APPLY = "application/apply-patch+yaml"

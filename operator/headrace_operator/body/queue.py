@@ -12,27 +12,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from headrace_operator.brain.backoff import backoff_seconds
+
 logger = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_SECONDS = 0.5
-_LONGEST_BACKOFF_SECONDS = 60.0
+_WAITS = {"first_seconds": 0.5, "longest_seconds": 60.0}
 
 K = TypeVar("K", bound=Hashable)
 
 
 class Retry(Exception):
     """Work that could not be done now, for a known reason; it comes back after a while."""
-
-
-def backoff_seconds(failures: int, *, jitter: float) -> float:
-    """How long to wait after so many failures in a row.
-
-    Args:
-        failures: at least 1.
-        jitter: between 0 and 1; spreads keys that failed together over half of the wait.
-    """
-    longest = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20), _LONGEST_BACKOFF_SECONDS)
-    return longest * (1 - jitter / 2)
 
 
 class Deadlines(Generic[K]):
@@ -139,7 +129,7 @@ class WorkQueue(Generic[K]):
             seconds = await self._work(key)
         except Exception as error:
             self._failures[key] += 1
-            seconds = backoff_seconds(self._failures[key], jitter=random.random())
+            seconds = backoff_seconds(self._failures[key], **_WAITS, jitter=random.random())
             unexpected, said = not isinstance(error, Retry), str(error) or type(error).__name__
             logger.warning("%s: %s; again in %.1f s", key, said, seconds, exc_info=unexpected)
         else:

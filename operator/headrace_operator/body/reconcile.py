@@ -18,10 +18,11 @@ from headrace_api.runtime import TrainingRuntime
 from headrace_api.words import line
 from headrace_operator.body.apply import StatusChange, Writer, status_change
 from headrace_operator.body.caches import Cluster, RunKey
-from headrace_operator.body.kube import ApiError, NotLeading, Raw, words
+from headrace_operator.body.kube import ApiError, NotLeading, words
 from headrace_operator.body.outcomes import refusal_of
 from headrace_operator.body.pace import Pace
 from headrace_operator.body.queue import Retry
+from headrace_operator.body.raw import Raw
 from headrace_operator.body.runs import Runs, runtime_of, uid_of
 from headrace_operator.body.store import Store
 from headrace_operator.brain.observed import Refusal

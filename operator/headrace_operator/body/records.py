@@ -20,9 +20,8 @@ from headrace_operator.body.build.names import (
     STAGE_LABEL,
 )
 from headrace_operator.body.build.pod import CONTAINER
+from headrace_operator.body.raw import Raw
 from headrace_operator.brain.observed import Held
-
-Raw = dict[str, Any]
 
 _TEMPLATE_HASH_LABEL = "pod-template-hash"
 
@@ -45,7 +44,7 @@ class Record:
     """ResolvedStage.digest of what it was made for; empty if another version made it."""
     owner: str
     """uid of its controller; empty if it has none, and for a pod that neither a Job nor a Deployment made."""
-    deleted_at: datetime | None
+    deletion_deadline: datetime | None
     """When the grace period of its deletion ends; None while it is not being deleted."""
 
 
@@ -185,7 +184,7 @@ def _common(raw: Raw) -> dict[str, Any]:
         "hash": meta.get("annotations", {}).get(HASH_ANNOTATION, ""),
         "resolved": meta.get("annotations", {}).get(RESOLVED_ANNOTATION, ""),
         "owner": _controller(meta).get("uid", ""),
-        "deleted_at": _time(meta.get("deletionTimestamp")),
+        "deletion_deadline": _time(meta.get("deletionTimestamp")),
     }
 
 

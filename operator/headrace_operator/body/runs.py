@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Set
 
 from headrace_operator.body.caches import RunKey
-from headrace_operator.body.kube import Raw, version_of
+from headrace_operator.body.kube import version_of
+from headrace_operator.body.raw import Raw
 from headrace_operator.body.store import Entry, Store
 
 _UNREAD = ("managedFields",)

@@ -14,7 +14,8 @@ import aiohttp
 
 from headrace_operator.body.build.names import RUN_LABEL
 from headrace_operator.body.caches import Cache, Cluster, R, RunKey
-from headrace_operator.body.kube import ApiError, Kube, Raw, path, version_of, words
+from headrace_operator.body.kube import ApiError, Kube, path, version_of, words
+from headrace_operator.body.raw import Raw
 from headrace_operator.body.records import deployment_record, job_record, pod_record
 from headrace_operator.body.runs import Runs
 from headrace_operator.body.store import Entry, Store

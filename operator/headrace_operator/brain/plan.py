@@ -74,7 +74,7 @@ def plan(run: TrainingRun, observed: Observed) -> Plan:
     strangers = _keys(a for a in observed.attempts if a.stage not in known)
     return Plan(
         start=tuple(s.start for s in stages if s.start is not None),
-        stop=strangers + _keys(a for s in stages for a in s.stop) + _old(observed),
+        stop=tuple(dict.fromkeys([*strangers, *_keys(a for s in stages for a in s.stop), *_old(observed)])),
         status=report(run, observed, statuses, notes={s.status.name: s.note for s in stages}),
         events=tuple(e for before, after in zip(_prior(run), stages, strict=True) for e in _events(before, after)),
         requeue_after_seconds=_first(s.requeue_after_seconds for s in stages),

@@ -4,7 +4,6 @@ In: ``ResolvedStage`` from ``plan``, a ``TrainingRuntime``. Out: ``Objects`` for
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from headrace_api.artifact import canonical_digest
 from headrace_api.contract import STAGE_FILE, ResolvedStage
@@ -21,8 +20,7 @@ from headrace_operator.body.build.names import (
     run_reference,
 )
 from headrace_operator.body.build.service import cluster_service, deployment, scale
-
-Raw = dict[str, Any]
+from headrace_operator.body.raw import Raw
 
 
 @dataclass(frozen=True, kw_only=True)
