@@ -1,8 +1,8 @@
 """From the start of a pod to the first training step of its ranks: ``python benchmarks/start.py``.
 
 The agent, whose launcher imports once and forks the ranks, beside torchrun, which starts a Python for each: the same
-stage with the same inputs, in turns, so that a busy machine disturbs both alike. ``--before FOLDER`` adds the agent of
-another checkout of this repository, as it was at an earlier commit.
+stage with the same inputs, in turns. ``--before FOLDER`` adds the agent of another checkout of this repository, as it was
+at an earlier commit. On a busy machine look at the processor time: a way that starts more processes is given more of it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from headrace_api.artifact import ArtifactRef, stage_hash
 from headrace_api.contract import Progress, ResolvedStage
 from headrace_api.run import Stage
 from headrace_trainer.board import BOARD_VARIABLE, Board
+from headrace_trainer.processes import cpu_seconds
 from headrace_trainer.stage import StageContext, run_stage
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,6 +48,15 @@ TIMEOUT_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """What one start took."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    """Of all its processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A stage that is ready to be started."""
 
@@ -61,42 +71,47 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", type=Path, help="a checkout of this repository at an earlier commit")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is killed then too
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(Path(folder))
-        ways: dict[str, Callable[[], float]] = {
+        ways: dict[str, Callable[[], Start]] = {
             "agent": lambda: start_agent(prepared),
             "torchrun": lambda: start_torchrun(prepared),
         }
         if arguments.before is not None:
             ways["before"] = lambda: start_agent(prepared, checkout=arguments.before.resolve())
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        starts: dict[str, list[Start]] = {name: [] for name in ways}
         for _ in range(arguments.rounds):
             for name, start in ways.items():
-                seconds[name].append(start())
-                print(f"{name:10} {seconds[name][-1]:6.2f} s", flush=True)
-    report(seconds)
+                starts[name].append(start())
+                took = starts[name][-1]
+                print(f"{name:10} {took.wall_seconds:6.2f} s, {took.cpu_seconds:6.2f} s of processors", flush=True)
+    report(starts)
     return 0
 
 
-def report(seconds: dict[str, list[float]]) -> None:
+def report(starts: dict[str, list[Start]]) -> None:
     """Print and write the medians, and how the agent compares in each round."""
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(seconds["agent"], times, strict=True))
-        for name, times in seconds.items()
-        if name != "agent"
+    figures: dict[str, Any] = {
+        "ranks": RANKS,
+        "machine": {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()},
     }
-    for name, median in medians.items():
-        ratio = f", the agent needs {ratios[name]:.0%} of that" if name in ratios else ""
-        print(f"{name}: {median:.2f} s{ratio}")
-    machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
-    figures = {"ranks": RANKS, "machine": machine, "medians": medians, "agentToOther": ratios, "seconds": seconds}
+    for measure in ("wall_seconds", "cpu_seconds"):
+        seconds = {name: [getattr(start, measure) for start in taken] for name, taken in starts.items()}
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(seconds["agent"], times, strict=True))
+            for name, times in seconds.items()
+        }
+        for name, median in medians.items():
+            print(f"{measure}: {name} {median:.2f}; the agent needs {ratios[name]:.0%} of that")
+        figures[measure] = {"medians": medians, "agentToOther": ratios, "all": seconds}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "start.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def start_agent(prepared: Prepared, *, checkout: Path | None = None) -> float:
-    """Seconds from the start of an agent to the report of the first step."""
+def start_agent(prepared: Prepared, *, checkout: Path | None = None) -> Start:
+    """From the start of an agent to the report of the first step."""
     path = {} if checkout is None else {"PYTHONPATH": os.pathsep.join(str(checkout / p) for p in ("trainer", "api"))}
     prepared.progress.unlink(missing_ok=True)
     env = path | {
@@ -115,8 +130,8 @@ def start_agent(prepared: Prepared, *, checkout: Path | None = None) -> float:
     return until_first_step(command, env, done, prepared)
 
 
-def start_torchrun(prepared: Prepared) -> float:
-    """Seconds from the start of torchrun to the report of the first step."""
+def start_torchrun(prepared: Prepared) -> Start:
+    """From the start of torchrun to the report of the first step."""
     board = Board.create(RANKS)
     scratch = prepared.folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -132,7 +147,7 @@ def start_torchrun(prepared: Prepared) -> float:
     return until_first_step(command, env, done, prepared)
 
 
-def until_first_step(command: list[str], env: dict[str, str], done: Callable[[], int], prepared: Prepared) -> float:
+def until_first_step(command: list[str], env: dict[str, str], done: Callable[[], int], prepared: Prepared) -> Start:
     """Start a command, wait for a first step, end it."""
     began = time.perf_counter()
     with (prepared.folder / "log").open("w") as log:
@@ -144,7 +159,7 @@ def until_first_step(command: list[str], env: dict[str, str], done: Callable[[],
                 if process.poll() is not None or time.perf_counter() - began > TIMEOUT_SECONDS:
                     raise RuntimeError((prepared.folder / "log").read_text()[-3000:])
                 time.sleep(0.01)
-            return time.perf_counter() - began
+            return Start(wall_seconds=time.perf_counter() - began, cpu_seconds=cpu_seconds(process.pid))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # launchers and ranks die with their parents

@@ -35,7 +35,8 @@ def headrace(tmp_path_factory):
 
 def _ranks(headrace: Workplace) -> list[psutil.Process]:
     """The running ranks, by number: a launcher forks them, and each names itself."""
-    return sorted((p for p in headrace.processes() if p.name().startswith("rank ")), key=lambda p: p.name())
+    launchers = [p for p in headrace.processes() if p.name() == "launcher"]
+    return sorted((p for launcher in launchers for p in launcher.children()), key=lambda p: p.name())
 
 
 def test_a_second_run_skips_every_finished_stage(headrace):
