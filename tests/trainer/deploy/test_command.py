@@ -13,7 +13,7 @@ from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.deploy import run
 from headrace_trainer.stages.deploy.command import Served, engine_command, engine_environment, find_program
 from headrace_trainer.stages.deploy.place import cluster_place, local_place
-from trainer.deploy.builders import deploy_stage
+from trainer.deploy.builders import FIRST_PORT, deploy_stage
 
 POD = "--host 0.0.0.0 --port 8000"
 LOCAL = "--host 127.0.0.1 --port 8001"
@@ -40,11 +40,11 @@ def test_the_command_of_each_engine(exported, engine, num_gpus, in_pod, expected
 
 def test_the_address_in_a_cluster_is_that_of_the_operators_service(exported):
     resolved = deploy_stage(exported.storage, exported.ref).model_copy(update={"namespace": "team-a"})
-    place = cluster_place(resolved, port=8000)
+    place = cluster_place(resolved, port=FIRST_PORT)
     service = cluster_service(resolved)
     name, (port,) = service["metadata"]["name"], service["spec"]["ports"]
     assert place.endpoint == f"http://{name}.team-a.svc:{port['port']}"
-    assert place.local == "http://127.0.0.1:8000"
+    assert place.local == f"http://127.0.0.1:{FIRST_PORT}"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import urllib.request
 
 import pytest
 
+from headrace_api.contract import served_model_name
 from headrace_api.faults import ExitCode, FaultClass
-from headrace_cli.ask import ask
+from headrace_cli.ask import Server, ask
 from trainer.deploy.builders import ENGINE, FIRST_PORT, Deployment, command_line, gone
 
 NUM_TOKENS = 24
@@ -56,7 +57,8 @@ def test_the_command_line_gets_the_models_greedy_continuation(exported, endpoint
     expected = in_process(exported.files, prompt)
     assert len(expected) > 4
     # A character that the last token cuts in two is shown by transformers and held back by vLLM.
-    assert ask(endpoint, prompt, max_tokens=NUM_TOKENS).rstrip("\ufffd") == expected.rstrip("\ufffd")
+    server = Server(endpoint=endpoint, model=served_model_name("test", "ship"))
+    assert ask(server, prompt, max_tokens=NUM_TOKENS).rstrip("\ufffd") == expected.rstrip("\ufffd")
 
 
 def test_the_model_is_listed_by_the_names_of_run_and_stage(endpoint):
