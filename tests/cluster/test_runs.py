@@ -153,7 +153,7 @@ def test_deleting_a_run_leaves_no_object_behind(runs: Runs, name: str) -> None:
         (
             ("parallelism", "tensor"),
             3,
-            "spec.stages[3].pretrain: Invalid value: parallelism.tensor must divide the model's heads",
+            "spec.stages[3].pretrain: Invalid value: parallelism.tensor must divide the model's kvHeads",
         ),
         (("parallelism", "pipeline"), 4, "parallelism.pipeline must divide the model's layers"),
         (

@@ -39,7 +39,7 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
 
     with join_gang(Layout(**layout), rank=rank, seed=1) as ranks:
         before = allocated()
-        model = build_model(arch, gang=ranks, vocab_size=VOCAB, sequence_length=LENGTH, precision=precision, seed=1)
+        model = build_model(arch, gang=ranks, vocab_size=VOCAB, sequence_length=LENGTH, precision=precision)
         wrapped, objective = wrap_model(model), NextToken()
         optimizer = build_optimizer(wrapped, Optimizer(), schedule=Schedule(), precision=precision)
         stepper = Stepper(

@@ -105,3 +105,5 @@ def describe(ctx):
     said = {key: os.environ.get(key) for key in keys}
     said |= {"pid": os.getpid(), "parent": os.getppid(), "imported_by": IMPORTED_BY}
     (ctx.output / f"rank-{ctx.rank}.json").write_text(json.dumps(said))
+    while len(list(ctx.output.glob("rank-*.json"))) < int(said["LOCAL_WORLD_SIZE"] or 1):
+        time.sleep(0.01)  # the pod's first rank uploads what is there when it ends
