@@ -31,6 +31,7 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
     import torch
 
     from headrace_api.stages.pretrain import Optimizer, Schedule
+    from headrace_trainer.engine.batches import GlobalBatch
     from headrace_trainer.engine.model.build import build_model
     from headrace_trainer.engine.objective import NextToken
     from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
@@ -48,6 +49,11 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
         )  # fmt: skip
         samples = [np.random.default_rng(0).integers(0, VOCAB, LENGTH + 1)] * MICRO_BATCH
         weights = {p.untyped_storage().data_ptr() for p in wrapped.parameters()}
+
+        def batch(size: int) -> GlobalBatch:
+            micro_batch = objective.collate(samples, [1.0] * MICRO_BATCH, ranks.device)
+            return GlobalBatch(num_micro_batches=size, micro_batches=iter([micro_batch] * size))
+
         saved: dict[int, int] = {}
         held: list[torch.Tensor] = []  # a storage that is freed gives its address to the next one
 
@@ -59,10 +65,10 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            stepper.gradients([objective.collate(samples, [1.0] * MICRO_BATCH, ranks.device)])
+            stepper.gradients(batch(1))
         held.clear()
-        stepper.gradients([objective.collate(samples, [1.0] * MICRO_BATCH, ranks.device)] * MICRO_BATCHES)
-        stepper.update(1e-3)
+        stepper.gradients(batch(MICRO_BATCHES))
+        stepper.update(learning_rate=1e-3, gradient_norm=stepper.gradient_norm())
         return {
             "stage": ranks.pipeline_rank,
             "state": allocated() - before,

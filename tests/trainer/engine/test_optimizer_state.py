@@ -30,7 +30,7 @@ def save_without_gathers(rank: int, world: int, run: Run, layout: dict[str, int]
     """Save where no tensor may be gathered; the size of each rank's file."""
     import torch.distributed as dist
 
-    from headrace_trainer.engine.checkpoint.state import save_state
+    from headrace_trainer.engine.checkpoint.state import StateWriter
 
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("state was sent to another rank")
@@ -38,7 +38,8 @@ def save_without_gathers(rank: int, world: int, run: Run, layout: dict[str, int]
     def saved(loop: Any, _ctx: Any, _card: Any) -> list[int]:
         for name in ("all_gather", "all_gather_into_tensor", "gather"):
             setattr(dist, name, refuse)
-        save_state(loop.state, run.folder / "saved")
+        write = StateWriter(loop.state).begin(run.folder / "saved")
+        write.write()
         dist.barrier()
         return [p.stat().st_size for p in sorted((run.folder / "saved").glob("*.distcp"))]
 
