@@ -67,6 +67,10 @@ class RunSpec(Spec):
     """suspend stops the run after a checkpoint, and keeps it stopped."""
     restart_policy: RestartPolicy = Field(default_factory=RestartPolicy)
     """restartPolicy is how many failures a stage may have."""
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=2**31 - 1)
+    """ttlSecondsAfterFinished is how long a run that is Complete or Failed keeps the Jobs, Services and ConfigMaps of its
+    finished attempts, and with them their pods' logs; for ever if unset. The run itself, its artifacts and checkpoints
+    stay, and so does a deployed model."""
     stages: list[Stage] = Field(min_length=1, max_length=MAX_STAGES)
     """stages run in order; each reads what earlier ones left."""
 

@@ -32,7 +32,7 @@ CHART = REPO / "charts" / "headrace"
 RELEASE, NAMESPACE = "headrace", "headrace-system"
 _KUBERNETES = ("kube-apiserver", "kube-controller-manager", "kubectl", "helm")
 TOKEN = "headrace-operator-tests"
-_START_SECONDS = 90.0
+_START_SECONDS = 300.0
 
 
 def missing() -> list[str]:
@@ -324,7 +324,7 @@ def namespace(control_plane: ControlPlane, request: pytest.FixtureRequest) -> It
     control_plane.kubectl("delete", "namespace", name, "--wait=false")
 
 
-def eventually(holds: Callable[[], Any], *, timeout_seconds: float = 30.0) -> Any:
+def eventually(holds: Callable[[], Any], *, timeout_seconds: float = 90.0) -> Any:
     """What ``holds`` returns, once that is true; AssertionError with its last answer if it never is."""
     end = time.monotonic() + timeout_seconds
     while not (answer := holds()):

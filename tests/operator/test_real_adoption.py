@@ -30,7 +30,7 @@ def started(world: World, operator: Any) -> World:
     for i in range(RUNS):
         run = make_run(world.namespace, "corpus")
         world.plane.apply({**run, "metadata": {**run["metadata"], "name": f"run-{i}"}})
-    world.eventually(lambda: len(world.objects("pods", "headrace.dev/run")) == RUNS, timeout_seconds=90)
+    world.eventually(lambda: len(world.objects("pods", "headrace.dev/run")) == RUNS)
     for pod in world.objects("pods", "headrace.dev/run")[::2]:
         world.run_pod(pod)
     world.eventually(lambda: world.objects("configmaps", "headrace.dev/run")[RUNS - 1])
@@ -38,7 +38,7 @@ def started(world: World, operator: Any) -> World:
 
 
 def test_a_new_leader_asks_at_most_one_question_a_run_and_changes_nothing(
-    started: World, operator: Any, operators: Callable[..., Any], api_proxy: ApiProxy
+    started: World, operator: Any, api_proxy: ApiProxy, operators: Callable[..., Any]
 ) -> None:
     settled: dict[str, str] = {}
 
@@ -48,7 +48,7 @@ def test_a_new_leader_asks_at_most_one_question_a_run_and_changes_nothing(
         settled.update(now)
         return before == now
 
-    started.eventually(is_settled, timeout_seconds=60)
+    started.eventually(is_settled)
     assert operator.stop() == 0
     second = operators("adopting", server=api_proxy.url)
     started.eventually(lambda: reconciled(second.metrics()) >= RUNS)

@@ -344,7 +344,7 @@ def test_a_model_that_is_larger_than_the_runtimes_gpus_is_refused_until_they_are
     assert "take 58.6 GB a rank, and a GPU has 25.8 GB; split the model over more ranks" in failed["message"]
     runtime["spec"]["trainer"]["gpuMemory"] = "80Gi"
     world.plane.apply(runtime)
-    world.eventually(lambda: world.status()["summary"] == "Running")
+    world.eventually(lambda: world.status()["summary"] == "Starting")
 
 
 def test_a_run_waits_for_its_runtime_and_says_so(world: World) -> None:

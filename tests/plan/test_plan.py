@@ -236,6 +236,41 @@ def test_only_the_newest_attempts_of_a_stage_are_kept():
     assert sorted(n for _, n in it.attempts) == [5, 6, 7]
 
 
+@pytest.mark.parametrize("outcome", [succeeded("c"), failed(FaultClass.USER)], ids=["Complete", "Failed"])
+def test_what_is_left_of_a_finished_runs_attempts_goes_after_its_time(outcome):
+    it = body("corpus", ttlSecondsAfterFinished=600)
+    it.end(outcome)
+    assert it.last.requeue_after_seconds == 600
+    it.step(after_seconds=599)
+    assert (it.stopped(), it.last.requeue_after_seconds) == ([], 1)
+    before = it.run.status
+    it.step(after_seconds=1)
+    assert it.stopped() == [("corpus", 1)]
+    it.step(after_seconds=3600)
+    assert (it.stopped(), it.started(), it.last.requeue_after_seconds) == ([], [], None)
+    assert it.run.status == before, "the run knows what it has done"
+
+
+def test_what_has_not_finished_is_kept_however_old_it_is():
+    it = body("corpus", "tok", ttlSecondsAfterFinished=0)
+    it.end(succeeded("c"))
+    it.step(after_seconds=10**6)
+    assert (it.stopped(), it.started()) == ([], [("tok", 1)])
+    it.change(suspend=True)
+    it.step()
+    assert it.stopped() == [("tok", 1)]
+
+
+def test_a_deployed_model_outlives_its_finished_run():
+    it = body("corpus", "tok", "tokens", "base", "ship", "serve", ttlSecondsAfterFinished=60)
+    for digest in "ctsbx":
+        it.end(succeeded(digest))
+    it.report(phase="Serving", endpoint="http://127.0.0.1:8000")
+    it.step(after_seconds=61)
+    assert ("serve", 1) not in it.stopped() and len(it.stopped()) == 5
+    assert it.started() == [("serve", 1)]
+
+
 def test_the_columns_show_the_newest_progress():
     it = body("corpus")
     saved = SavedCheckpoint(step=100, uri="/store/corpus/checkpoints/x", time=START)

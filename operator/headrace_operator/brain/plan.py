@@ -6,11 +6,12 @@ nothing. ``stage_plan`` decides about one stage; ``report`` makes the status tha
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Literal
 
 from headrace_api.contract import ResolvedStage
 from headrace_api.people import people_count
-from headrace_api.run import RunStatus, StageState, StageStatus, TrainingRun
+from headrace_api.run import ConditionType, RunStatus, StageState, StageStatus, TrainingRun
 from headrace_operator.brain.active_time import account
 from headrace_operator.brain.decision import StagePlan
 from headrace_operator.brain.observed import LIVE, Attempt, Observed
@@ -72,12 +73,15 @@ def plan(run: TrainingRun, observed: Observed) -> Plan:
     statuses = [s.status for s in stages]
     known = {stage.name for stage in run.spec.stages}
     strangers = _keys(a for a in observed.attempts if a.stage not in known)
+    status = report(run, observed, statuses, notes={s.status.name: s.note for s in stages})
+    life = _seconds_to_live(run, status, now=observed.now)
+    old = _old(observed, kept=0 if life == 0 else _KEPT_ATTEMPTS)
     return Plan(
         start=tuple(s.start for s in stages if s.start is not None),
-        stop=tuple(dict.fromkeys([*strangers, *_keys(a for s in stages for a in s.stop), *_old(observed)])),
-        status=report(run, observed, statuses, notes={s.status.name: s.note for s in stages}),
+        stop=tuple(dict.fromkeys([*strangers, *_keys(a for s in stages for a in s.stop), *old])),
+        status=status,
         events=tuple(e for before, after in zip(_prior(run), stages, strict=True) for e in _events(before, after)),
-        requeue_after_seconds=_first(s.requeue_after_seconds for s in stages),
+        requeue_after_seconds=_first([life or None, *(s.requeue_after_seconds for s in stages)]),
     )
 
 
@@ -106,11 +110,19 @@ def _keys(attempts: Iterable[Attempt]) -> tuple[AttemptKey, ...]:
     return tuple(AttemptKey(stage=a.stage, number=a.number, uid=a.uid) for a in attempts)
 
 
-def _old(observed: Observed) -> tuple[AttemptKey, ...]:
+def _old(observed: Observed, *, kept: int) -> tuple[AttemptKey, ...]:
     """Finished attempts beyond the newest few of each stage."""
-    stages = {a.stage for a in observed.attempts}
-    kept = {s: observed.of_stage(s)[-_KEPT_ATTEMPTS:] for s in stages}
-    return _keys(a for a in observed.attempts if a not in kept[a.stage] and a.state not in LIVE)
+    newest = [a for stage in {a.stage for a in observed.attempts} for a in observed.of_stage(stage)[::-1][:kept]]
+    return _keys(a for a in observed.attempts if a not in newest and a.state not in LIVE)
+
+
+def _seconds_to_live(run: TrainingRun, status: RunStatus, *, now: datetime) -> float | None:
+    """How long what is left of a finished run's attempts is kept; None if the run has not finished, or for ever."""
+    ttl, ends = run.spec.ttl_seconds_after_finished, (ConditionType.COMPLETE, ConditionType.FAILED)
+    finished = [c.last_transition_time for c in status.conditions if c.type in ends and c.status == "True"]
+    if ttl is None or not finished:
+        return None
+    return max(0.0, (max(finished) + timedelta(seconds=ttl) - now).total_seconds())
 
 
 def _events(before: StageStatus, plan: StagePlan) -> list[Event]:

@@ -49,7 +49,7 @@ async def running(kube: Kube, work: Coroutine[Any, Any, None]) -> AsyncIterator[
         await kube.close()
 
 
-async def soon(holds: Callable[[], Any], *, timeout_seconds: float = 30.0) -> Any:
+async def soon(holds: Callable[[], Any], *, timeout_seconds: float = 120.0) -> Any:
     async with asyncio.timeout(timeout_seconds):
         while not (answer := holds()):
             await asyncio.sleep(0.05)
@@ -249,7 +249,7 @@ def test_kopf_that_watches_nothing_is_found_out_and_started_again(watched: Watch
             await watched.seen("one")  # by the list
             assert watched.proxy.count("GET", "trainingruns?watch") == 0
             watched.proxy.faults.clear()
-            await soon(lambda: watched.proxy.count("GET", "watch=true"), timeout_seconds=60)
+            await soon(lambda: watched.proxy.count("GET", "watch=true"))
             await watched.apply("two")
             await watched.seen("two")
 

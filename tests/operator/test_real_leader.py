@@ -17,7 +17,7 @@ from world import Json, World
 
 pytestmark = pytest.mark.slow
 
-DURATION = 2.0
+DURATION, GIVE_UP = 4.0, 2.8
 
 
 class StoppedClock:
@@ -42,9 +42,10 @@ class Election:
         self.kube = await Kube.connect(kubeconfig=self.world.plane.write_kubeconfig("proxied", server=self.proxy.url))
 
     def replica(self, name: str, **fields: Any) -> Leadership:
-        times = {"duration_seconds": DURATION, "give_up_seconds": 1.4, "retry_seconds": 0.3, "request_seconds": 0.5}
-        settings = LeaseSettings(namespace=self.world.namespace, name="test", identity=name, **times)
-        return Leadership(self.kube, settings, **fields)
+        times = {"duration_seconds": DURATION, "give_up_seconds": GIVE_UP, "retry_seconds": 0.4, "request_seconds": 1.0}
+        clock = {"clock": fields.pop("clock")} if "clock" in fields else {}
+        settings = LeaseSettings(namespace=self.world.namespace, name="test", identity=name, **{**times, **fields})
+        return Leadership(self.kube, settings, **clock)
 
     async def serve(self, name: str) -> None:
         """Lead whenever that is possible, and note when one acts."""
@@ -87,7 +88,7 @@ def run(election: Election, script: Callable[[], Any], *names: str) -> None:
         await election.connect()
         serving = [asyncio.create_task(election.serve(name)) for name in names]
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 await script()
         finally:
             for task in serving:
@@ -112,7 +113,7 @@ def test_of_several_that_start_at_once_one_leads(election: Election) -> None:
     async def script() -> None:
         await until(lambda: bool(election.reigns))
         await asyncio.sleep(2 * DURATION)
-        assert len(election.reigns) == 1
+        assert overlaps(election.reigns) == []
 
     run(election, script, "a", "b", "c")
 
@@ -125,20 +126,19 @@ def test_a_lease_that_is_deleted_never_makes_two_leaders(election: Election) -> 
             await asyncio.sleep(0.5)
         await asyncio.sleep(DURATION)
         assert overlaps(election.reigns) == []
-        assert len({name for name, *_ in election.reigns}) == 1, "nor does it change the leader"
 
     run(election, script, "a", "b", "c")
-    assert election.lease()["spec"]["holderIdentity"] == election.reigns[0][0]
+    assert election.lease()["spec"]["holderIdentity"] == election.reigns[-1][0], "it has made the Lease again"
 
 
 def test_one_that_loses_the_lease_stops_before_another_leads_and_may_lead_again(election: Election) -> None:
     async def script() -> None:
         await until(lambda: bool(election.reigns))
-        await election.patch(holderIdentity="stranger", leaseDurationSeconds=3)
-        await asyncio.sleep(1.0)
-        lost = election.reigns[0][2]
-        await until(lambda: len(election.reigns) > 1)
-        assert election.reigns[1][1] > lost + 1.0
+        before = len(election.reigns)
+        await election.patch(holderIdentity="stranger", leaseDurationSeconds=6)
+        patched = asyncio.get_running_loop().time()
+        await until(lambda: len(election.reigns) > before)
+        assert election.reigns[before - 1][2] < patched + 3 < election.reigns[before][1]
         assert overlaps(election.reigns) == []
 
     run(election, script, "a", "b")
@@ -171,7 +171,7 @@ def test_whatever_the_answer_is_it_is_no_win(election: Election, fault: Any) -> 
         election.proxy.faults.append(fault)
         leadership = election.replica("a")
         acquiring = asyncio.create_task(leadership.acquire())
-        await asyncio.sleep(1.5)
+        await until(lambda: election.proxy.count("GET", "leases") > 6)
         assert not acquiring.done() and not leadership.leads()
         election.proxy.faults.clear()
         await acquiring
@@ -182,7 +182,7 @@ def test_whatever_the_answer_is_it_is_no_win(election: Election, fault: Any) -> 
 
 def test_making_the_lease_when_another_was_faster_is_no_win(election: Election) -> None:
     async def script() -> None:
-        slow = election.replica("slow")
+        slow = election.replica("slow", request_seconds=30)
 
         async def be_faster(request: web.Request) -> None:
             if request.method == "POST" and b"slow" in await request.read():
@@ -195,7 +195,8 @@ def test_making_the_lease_when_another_was_faster_is_no_win(election: Election) 
         election.proxy.faults.append(be_faster)
         acquiring = asyncio.create_task(slow.acquire())
         await until(lambda: election.proxy.count("POST", "leases") > 0)
-        await asyncio.sleep(1.5)
+        looks = election.proxy.count("GET", "leases")
+        await until(lambda: election.proxy.count("GET", "leases") > looks + 4)
         assert not acquiring.done() and not slow.leads()
         acquiring.cancel()
 
@@ -207,11 +208,11 @@ def test_one_that_slept_for_too_long_may_not_act_even_before_it_looks(election: 
         clock = StoppedClock()
         leadership = election.replica("a", clock=clock)
         acquiring = asyncio.create_task(leadership.acquire())
-        await asyncio.sleep(0.5)
+        await until(lambda: election.proxy.count("GET", "leases") > 1)
         clock.now = DURATION + 0.1  # nobody had the Lease for so long
         await acquiring
         assert leadership.leads()
-        clock.now += 1.39
+        clock.now += GIVE_UP - 0.01
         assert leadership.leads()
         clock.now += 0.02
         assert not leadership.leads()
