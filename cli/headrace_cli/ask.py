@@ -35,17 +35,18 @@ def find_server(folder: RunFolder, seen: Seen) -> Server:
         Problem: there is none; it says how to start it.
     """
     attempts, run = LocalAttempts(folder=folder.attempts), seen.outline.command
-    stages = [(a, r.stage) for a in seen.live if (r := attempts.resolved(a)) is not None]
-    serving = [(attempt, stage.name, stage.deploy.from_.model) for attempt, stage in stages if stage.deploy is not None]
-    if not serving and "deploy" not in seen.outline.kinds.values():
+    found = [(a, r.stage.deploy) for a in seen.live if (r := attempts.resolved(a)) is not None]
+    servers = [(attempt, deploy) for attempt, deploy in found if deploy is not None]
+    if not servers and "deploy" not in seen.outline.kinds.values():
         raise Problem(f"{folder.name}: has no deploy stage, so it serves no model; add one and start it with {run}")
-    if not serving:
+    if not servers:
         raise Problem(f"{folder.name}: no server of it is running; start it with {run}", code=ExitCode.FAILED)
-    attempt, stage_name, exported = serving[0]
-    endpoint = attempt.progress.endpoint if attempt.progress is not None else None
-    if endpoint is None:
-        raise Problem(f"{folder.name}: {stage_name} does not answer yet; try again soon", code=ExitCode.FAILED)
-    return Server(endpoint=endpoint, model=served_model_name(folder.name, exported))
+    # The newest that answers: an older one stays up until the next one does.
+    for attempt, deploy in sorted(servers, key=lambda server: server[0].number, reverse=True):
+        if attempt.progress is not None and attempt.progress.endpoint is not None:
+            model = served_model_name(folder.name, deploy.from_.model)
+            return Server(endpoint=attempt.progress.endpoint, model=model)
+    raise Problem(f"{folder.name}: {servers[0][0].stage} does not answer yet; try again soon", code=ExitCode.FAILED)
 
 
 def ask(server: Server, prompt: str, *, max_tokens: int) -> str:

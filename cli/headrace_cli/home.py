@@ -21,6 +21,7 @@ from typing import IO, Any
 import psutil
 import yaml
 
+from headrace_api.contract import STAGE_FILE, ResolvedStage
 from headrace_api.run import RunStatus, TrainingRun, as_object
 from headrace_cli import records
 from headrace_cli.problem import ExitCode, Problem
@@ -100,8 +101,9 @@ class RunFolder:
             return Outline(name=self.name, home=self.path.parents[1])
 
     def uid(self) -> str:
-        """An identity that lasts as long as the manifest."""
-        return self.outline().uid or str(uuid.uuid4())
+        """An identity that lasts as long as the folder: the manifest's, or where that was lost its attempts'."""
+        attempts = (records.read_if_whole(f, ResolvedStage) for f in sorted(self.attempts.glob(f"*/{STAGE_FILE}")))
+        return self.outline().uid or next((a.run_uid for a in attempts if a is not None), None) or str(uuid.uuid4())
 
     def save_manifest(self, run: TrainingRun, *, file: Path) -> None:
         """Keep what was asked for, and which file that was."""

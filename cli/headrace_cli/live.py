@@ -67,39 +67,49 @@ def as_it_is(stored: RunStatus, attempts: Sequence[Attempt], *, now: datetime, r
         now: when that is.
         rest: what to call a run that was under way and of which nothing lives.
     """
-    stages = [_stage(s, _newest(s, attempts), now=now) for s in stored.stages]
+    stages = [_stage(s, attempts, now=now) for s in stored.stages]
+    found = {"stages": stages, "endpoint": next((s.endpoint for s in stages if s.endpoint), None)}
     at_rest = any(stored.condition(kind) for kind in ConditionType)
     current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
     if (at_rest and stages == stored.stages) or (current is not None and current.state is StageState.FAILED):
-        return stored
+        return stored.model_copy(update=found)
     attempt = _newest(current, attempts) if current is not None else None
     if attempt is not None and attempt.state in LIVE:
-        return stored.model_copy(update={"stages": stages, **_how_far(stored, attempt)})
+        return stored.model_copy(update=found | _how_far(stored, attempt))
     resting = [_resting(s, rest) if s is current else s for s in stages]
     speed = {"tokens_per_second": None, "eta": None, "phase_message": None}
     update = {
         "conditions": _conditions(stored, rest, now=now),
         "summary": StageState.SUSPENDED.value if rest is Rest.STOPPED else INTERRUPTED,
         "stage": current.name if current is not None else stored.stage,
-        "endpoint": next((s.endpoint for s in resting if s.endpoint), None),
         "stages": resting,
     }
-    return stored.model_copy(update=_how_far(stored, attempt) | speed | update)
+    return stored.model_copy(update=found | _how_far(stored, attempt) | speed | update)
 
 
 def _newest(status: StageStatus, attempts: Sequence[Attempt]) -> Attempt | None:
     return next((a for a in attempts if (a.stage, a.number) == (status.name, status.attempt)), None)
 
 
-def _stage(status: StageStatus, attempt: Attempt | None, *, now: datetime) -> StageStatus:
+def _stage(status: StageStatus, attempts: Sequence[Attempt], *, now: datetime) -> StageStatus:
     """The stage, suspended if it was said to work or to serve and no process of its attempt lives."""
+    attempt, endpoint = _newest(status, attempts), _endpoint(status, attempts)
     lives = attempt is not None and attempt.state in LIVE
-    if lives or (status.state in _STILL and status.endpoint is None):
+    if lives or (status.state in _STILL and status.endpoint == endpoint):
         return status
+    if status.state is StageState.FAILED:
+        return status.model_copy(update={"endpoint": endpoint})
     ended_at = attempt.ended_at if attempt is not None else None
     return close(status, ended_at or now).model_copy(
-        update={"state": StageState.SUSPENDED, "endpoint": None, "retry_at": None, "finished_at": None}
+        update={"state": StageState.SUSPENDED, "endpoint": endpoint, "retry_at": None, "finished_at": None}
     )
+
+
+def _endpoint(status: StageStatus, attempts: Sequence[Attempt]) -> str | None:
+    """Where the stage's model answers: an older server stays up until the next one does."""
+    live = [a for a in attempts if a.stage == status.name and a.state in LIVE and a.progress is not None]
+    newest = sorted(live, key=lambda a: a.number, reverse=True)
+    return next((a.progress.endpoint for a in newest if a.progress is not None and a.progress.endpoint), None)
 
 
 def _resting(status: StageStatus, rest: Rest) -> StageStatus:

@@ -117,6 +117,16 @@ def test_a_server_that_lives_is_shown_and_one_that_died_is_not():
     assert not status.condition(ConditionType.COMPLETE)
 
 
+def test_an_older_server_that_lives_is_where_the_model_answers():
+    """The next one was killed before it answered."""
+    it = serving()
+    older = replace(it.attempt, number=1)
+    stage = it.status.stages[-1].model_copy(update={"state": StageState.STARTING, "attempt": 2})
+    it.status = it.status.model_copy(update={"stages": [*it.status.stages[:-1], stage], "conditions": []})
+    status = now(it, older, gone(replace(it.attempt, number=2, progress=None)))
+    assert (status.summary, status.endpoint) == ("Interrupted", ENDPOINT)
+
+
 def test_a_server_that_was_stopped_leaves_a_suspended_run():
     it = serving()
     status = now(it, gone(it.attempt), rest=Rest.STOPPED)

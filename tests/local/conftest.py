@@ -41,6 +41,7 @@ def silent() -> Iterator[SilentServer]:
 def waiting(headrace, silent):
     """A run whose first agent waits for storage, before it has started a rank."""
     headrace.env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    (headrace.folder / "raw").mkdir()
     storage = {"uri": "s3://bucket/run", "endpoint": silent.address}
     headrace.manifest_of = lambda **spec: headrace.manifest("corpus", "tok", storage=storage, **spec)
     headrace.manifest_of()

@@ -63,7 +63,7 @@ def watched(tmp_path_factory):
     workplace.write_text()
     workplace.manifest("corpus", "tok")
     run = on_terminal(workplace, "run", "run.yaml")
-    workplace.wait_for(lambda: workplace.stage("corpus").get("state") == "Running")
+    workplace.wait_for(lambda: workplace.stage("corpus").get("state") in ("Starting", "Running"))
     logs = workplace.start("logs", "small", "-f")
     workplace.code, workplace.shown = run.finish()
     try:
