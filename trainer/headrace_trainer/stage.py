@@ -110,8 +110,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that readers see the old or the new text, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text)
-    staged.replace(path)
+    try:
+        staged.write_text(text)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def context_from_environment(stage_file: Path, *, slot: board.Slot | None = None) -> StageContext:

@@ -95,6 +95,11 @@ def fill_the_disk(ctx):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
+def eat_memory(ctx, megabytes):
+    eaten = [bytearray(os.urandom(1 << 20)) for _ in range(megabytes)]
+    time.sleep(len(eaten))
+
+
 def write(ctx, name):
     (ctx.scratch / name).write_bytes(bytes(100_000))
 
