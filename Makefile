@@ -3,7 +3,7 @@ BIN := .venv/bin
 HOME_DIR ?= .headrace
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-unit test-trainer test-local test-cluster mutants crds lock cluster-build cluster-up cluster-down clean
+.PHONY: help setup demo test lint test-unit test-trainer test-gpu test-local test-cluster mutants crds lock cluster-build cluster-up cluster-down clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test-unit: setup ## Pure functions and tables of cases: seconds
 
 test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3, serving: minutes
 	$(BIN)/pytest tests/trainer
+
+test-gpu: setup ## On a machine with a GPU: its kernels, precisions, resumption and checkpoints
+	$(BIN)/pytest tests/gpu
 
 test-local: setup ## Whole runs with `headrace run`, faults injected: minutes
 	$(BIN)/pytest tests/local

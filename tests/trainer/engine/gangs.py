@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ PP2 = {**TP1, "pipeline": 2}
 DP2 = {**TP1, "data": 2}
 TP2_PP2 = {"tensor": 2, "pipeline": 2, "data": 1}
 
-_SERVER = multiprocessing.get_context("forkserver")
+# A process that has looked for a GPU cannot be forked.
+_SERVER: Any = multiprocessing.get_context("spawn" if Path("/dev/nvidiactl").exists() else "forkserver")
 _SERVER.set_forkserver_preload(["headrace_trainer.stages.pretrain.stage"])
 _TIMEOUT_SECONDS = 120.0
 
@@ -120,7 +121,7 @@ def gang(work: Callable[..., Any], world: int, *args: Any) -> list[Ended]:
     return [_ended(rank, receiver, deadline) for rank, (receiver, _) in zip(ranks, pipes, strict=True)]
 
 
-def _ended(rank: ForkServerProcess, receiver: Any, deadline: float) -> Ended:
+def _ended(rank: BaseProcess, receiver: Any, deadline: float) -> Ended:
     said = Ended(error="Silent")
     with contextlib.suppress(EOFError):
         if receiver.poll(max(0.0, deadline - time.monotonic())):
