@@ -3,9 +3,14 @@
 import copy
 import json
 import os
+import pty
 import pydoc_data.topics
+import re
+import select
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,15 +105,24 @@ class Workplace:
 
     def __call__(self, *words: str, timeout: float = 600) -> Done:
         """Run ``headrace WORDS --home HOME``."""
-        command = [str(HEADRACE), *words, *([] if words[0] == "validate" else ["--home", str(self.home)])]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, env=self.env, timeout=timeout)
+        done = subprocess.run(
+            self.command(*words), capture_output=True, text=True, cwd=self.folder, env=self.env, timeout=timeout
+        )
         return Done(done.returncode, done.stdout, done.stderr)
+
+    def command(self, *words: str) -> list[str]:
+        """``headrace WORDS --home HOME``."""
+        return [str(HEADRACE), *words, *([] if words[0] == "validate" else ["--home", str(self.home)])]
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
         """``headrace run run.yaml``, or other words, in the background."""
-        command = [str(HEADRACE), *(words or ("run", "run.yaml")), "--home", str(self.home)]
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            self.command(*(words or ("run", "run.yaml"))),
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
     def status(self) -> dict[str, Any]:
@@ -165,6 +179,45 @@ class Workplace:
             except psutil.Error:
                 continue
         return found
+
+
+class Terminal:
+    """A command on a terminal of 80 columns, which somebody reads."""
+
+    def __init__(self, *command: str, workplace: Workplace) -> None:
+        self._controller, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (24, 80))
+        env = {k: v for k, v in workplace.env.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
+        self.process = subprocess.Popen(
+            command, cwd=workplace.folder, env=env, stdin=terminal, stdout=terminal, stderr=terminal
+        )
+        os.close(terminal)
+        self._chunks: list[bytes] = []
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while not self._closing.is_set():
+            if select.select([self._controller], [], [], 0.1)[0]:
+                try:
+                    self._chunks.append(os.read(self._controller, 65536))
+                except OSError:
+                    return  # the other side is closed
+
+    def hang_up(self) -> None:
+        """Close the terminal."""
+        self._closing.set()
+        self._reader.join()
+        os.close(self._controller)
+
+    def finish(self, *, seconds: float = 240) -> tuple[int, str]:
+        """Exit code, and every line that was ever shown, without its colours."""
+        code = self.process.wait(timeout=seconds)
+        self._reader.join(timeout=10)
+        self.hang_up()
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(self._chunks).decode())
+        return code, shown.replace("\r", "\n")
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -22,6 +22,10 @@ class Pool(Spec):
     """python is the interpreter in the image that has headrace installed."""
     gpu_memory: Quantity | None = Field(None, ge=1, le=MOST)
     """gpuMemory is the memory of one GPU of the pool, as 80Gi; a stage whose weights, gradients and optimizer cannot fit is refused."""
+    cache: dict[str, Any] = Field(
+        default_factory=dict, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
+    )
+    """cache is a volume that outlives pods, as {hostPath: {path: /var/cache/headrace}} or {persistentVolumeClaim: {claimName: cache}}: inputs are fetched and verified once a node."""
     pod_template: dict[str, Any] = Field(
         default_factory=dict, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )

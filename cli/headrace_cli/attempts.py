@@ -6,7 +6,6 @@ Where a record was lost, the processes themselves are looked for (``processes.py
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from headrace_api.contract import STAGE_FILE, Progress, ResolvedStage
 from headrace_api.faults import FaultClass, Outcome
@@ -34,12 +33,11 @@ from headrace_operator.brain.observed import LIVE, Attempt, AttemptState
 PROCESSES_FILE = "processes.json"
 _STOP_NOTE = "stop-requested"
 _GRACE = "HEADRACE_GRACE_SECONDS"
-_MARGIN_SECONDS = 10.0
+_MARGIN_SECONDS = 5.0
 """An agent that ended its ranks by force still has to say so."""
 _POLL_SECONDS = 0.1
 _NO_SPACE_BYTES = 64 << 10
 _FOLDER = re.compile(r"^(?P<stage>.+)-(?P<number>[1-9][0-9]*)$")
-_pids = TypeAdapter(dict[int, int])
 
 
 def _grace_seconds() -> float:
@@ -50,11 +48,22 @@ def _grace_seconds() -> float:
         raise Problem(f"{_GRACE}: {text!r}: not a number of seconds; write one, as 100, or unset it") from error
 
 
+class Started(BaseModel):
+    """``processes.json``: what was started. Enough to go on with an attempt whose ``stage.json`` was lost."""
+
+    pids: dict[int, int]
+    """Process ids of the agents, by pod index."""
+    hash: str
+    digest: str
+
+
 @dataclass(kw_only=True)
 class LocalAttempts:
     """The attempts of one run."""
 
     folder: Path
+    cache: Path | None = None
+    """Where stages keep their inputs on this machine, over attempts and runs."""
     grace_seconds: float = field(default_factory=_grace_seconds)
     """Time that an agent has to save and end, before it is ended."""
     _children: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
@@ -96,7 +105,8 @@ class LocalAttempts:
             records.write(folder / STAGE_FILE, text, durable=False)
             port = _free_port()
             pids = {index: self._spawn(folder, index, port) for index in range(resolved.stage.compute.nodes)}
-            records.write(folder / PROCESSES_FILE, json.dumps(pids), durable=False)
+            started = Started(pids=pids, hash=resolved.hash, digest=resolved.digest)
+            records.write(folder / PROCESSES_FILE, started.model_dump_json(), durable=False)
         except BaseException:
             kill_all(folder)
             raise
@@ -123,7 +133,7 @@ class LocalAttempts:
         """Stop what is left of a gang that lost an agent, and see to it that what was asked to stop does."""
         for attempt in (a for a in attempts if a.state in LIVE):
             folder = self._folder(attempt.stage, attempt.number)
-            ends = self._ends(folder, self.resolved(attempt), live=self._live(folder))
+            ends = self._ends(folder, live=self._live(folder))
             if attempt.state is AttemptState.STOPPING or explain_failure(ends) is not None:
                 self.stop(attempt.stage, attempt.number)
 
@@ -159,8 +169,8 @@ class LocalAttempts:
         name, live = _FOLDER.match(folder.name), self._live(folder)
         if name is None or (not live and not (folder / PROCESSES_FILE).exists()):
             return []
-        resolved = records.read_if_whole(folder / STAGE_FILE, ResolvedStage)
-        ends = self._ends(folder, resolved, live=live)
+        known = records.read_if_whole(folder / STAGE_FILE, ResolvedStage) or _recorded(folder)
+        ends = self._ends(folder, live=live)
         failed = explain_failure(ends)
         if live:
             state = AttemptState.STOPPING if self._asked_at(folder) is not None else AttemptState.RUNNING
@@ -169,8 +179,8 @@ class LocalAttempts:
         attempt = Attempt(
             stage=name["stage"],
             number=int(name["number"]),
-            hash=resolved.hash if resolved is not None else "",
-            digest=resolved.digest if resolved is not None else "",
+            hash=known.hash if known is not None else "",
+            digest=known.digest if known is not None else "",
             state=state,
             outcome=None if live else failed or explain_success(ends),
             progress=records.read_if_whole(folder / "progress.json", Progress),
@@ -183,15 +193,17 @@ class LocalAttempts:
         record = folder / PROCESSES_FILE
         stamp = record.stat().st_mtime_ns if record.exists() else None
         if folder not in self._known or self._known[folder][0] != stamp:
-            self._known[folder] = (stamp, _recorded(record) or _found(folder))
+            started = _recorded(folder)
+            self._known[folder] = (stamp, started.pids if started is not None else _found(folder))
         return self._known[folder][1]
 
     def _live(self, folder: Path) -> dict[int, psutil.Process]:
         found = {index: agent(pid, folder) for index, pid in self._agents(folder).items()}
         return {index: process for index, process in found.items() if process is not None}
 
-    def _ends(self, folder: Path, resolved: ResolvedStage | None, *, live: Collection[int]) -> list[End]:
+    def _ends(self, folder: Path, *, live: Collection[int]) -> list[End]:
         """How those agents ended that have."""
+        resolved = records.read_if_whole(folder / STAGE_FILE, ResolvedStage)
         indices = range(resolved.stage.compute.nodes) if resolved is not None else sorted(self._agents(folder)) or [0]
         return [_end(folder, index) for index in indices if index not in live]
 
@@ -211,6 +223,7 @@ class LocalAttempts:
         env = dict(os.environ) | {
             "JOB_COMPLETION_INDEX": str(index),
             SCRATCH: str(folder / f"scratch-{index}"),
+            "HEADRACE_CACHE": str(self.cache or ""),
             "HEADRACE_TERMINATION_FILE": str(folder / f"outcome-{index}.json"),
             "HEADRACE_MASTER_ADDR": "127.0.0.1",
             "HEADRACE_MASTER_PORT": str(port),
@@ -229,11 +242,8 @@ class LocalAttempts:
         return self.folder / f"{stage}-{number}"
 
 
-def _recorded(record: Path) -> dict[int, int]:
-    try:
-        return _pids.validate_json(record.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return {}
+def _recorded(folder: Path) -> Started | None:
+    return records.read_if_whole(folder / PROCESSES_FILE, Started)
 
 
 def _found(folder: Path) -> dict[int, int]:

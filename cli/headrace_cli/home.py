@@ -2,7 +2,7 @@
 
 ``manifest.yaml`` what was asked for, its paths absolute; ``status.json`` what the custom resource's ``.status`` would
 hold; ``attempts/`` one folder an attempt; ``artifacts/`` the storage, unless the manifest names another; ``lock`` held by
-the one process that works on the run.
+the one process that works on the run. ``<home>/cache/`` is what stages of any run have fetched and verified.
 """
 
 import contextlib
@@ -75,6 +75,11 @@ class RunFolder:
     def attempts(self) -> Path:
         """One folder an attempt, named ``<stage>-<number>``."""
         return self.path / "attempts"
+
+    @property
+    def cache(self) -> Path:
+        """Inputs of stages on this machine; the runs of a home share it."""
+        return self.path.parents[1] / "cache"
 
     @property
     def artifacts(self) -> Path:

@@ -137,7 +137,7 @@ class LocalBody:
     attempts: LocalAttempts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.attempts = LocalAttempts(folder=self.folder.attempts)
+        self.attempts = LocalAttempts(folder=self.folder.attempts, cache=self.folder.cache)
 
     def go(self, asked: Interrupts) -> RunStatus:
         """Work until the run is complete, failed or suspended. Whatever else ends it, no process is left behind.

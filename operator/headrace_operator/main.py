@@ -7,6 +7,7 @@ and until then each of its changes is refused here (``Kube.fenced``).
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from contextlib import suppress
@@ -236,6 +237,12 @@ async def run(settings: Settings) -> bool:
         await kube.close()
 
 
+def allow_many_connections() -> None:
+    """As many open files as the system lets this process have: every pod that reports keeps a connection."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> int:
     """Run one replica with the settings of the environment."""
     try:
@@ -243,6 +250,7 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    allow_many_connections()
     logs.configure(level=settings.log_level, style=settings.log_format)
     return 0 if asyncio.run(run(settings)) else 1
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from builders import START, make_run, manifest
 from headrace_api.contract import ResolvedStage
 from headrace_api.faults import Outcome
 from headrace_api.run import Condition, ConditionType, RunStatus, StageState, StageStatus
+from headrace_cli.attempts import Started
 from headrace_cli.home import RunFolder, run_folder
 
 HEADRACE = Path(sys.executable).parent / "headrace"
@@ -63,7 +65,7 @@ def folder(headrace, written, tmp_path) -> RunFolder:
         output_uri="/store/corpus",
     )
     (attempt / "stage.json").write_text(resolved.model_dump_json(by_alias=True))
-    (attempt / "processes.json").write_text(json.dumps({"0": 2**22 + 1}))
+    (attempt / "processes.json").write_text(Started(pids={0: 2**22 + 1}, hash="h", digest="d").model_dump_json())
     (attempt / "outcome-0.json").write_text(
         Outcome(fault="user", reason="UserError", message=message).model_dump_json()
     )
@@ -235,6 +237,20 @@ def test_a_home_that_is_a_file(headrace, written, tmp_path, command):
 def test_plan_leaves_nothing_behind(headrace, written, tmp_path):
     assert headrace("plan", "run.yaml").code == 0
     assert not (tmp_path / "home").exists()
+
+
+def test_ctrl_c_while_modules_are_loaded_prints_no_traceback():
+    program = (
+        "import os, signal, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'headrace_cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "from headrace_cli.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_output_that_nobody_reads_any_more_is_no_error(folder):

@@ -1,59 +1,17 @@
 """A run on a terminal of 80 columns, and what other terminals see of it meanwhile."""
 
 import json
-import os
-import pty
 import re
 import signal
 import subprocess
-import termios
-import threading
-from dataclasses import dataclass, field
 
 import pytest
 
-from workplace import HEADRACE, Workplace
-
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-@dataclass
-class Terminal:
-    """A command on a terminal of 80 columns."""
-
-    process: "subprocess.Popen[bytes]"
-    controller: int
-    _chunks: list[bytes] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        try:
-            while chunk := os.read(self.controller, 65536):
-                self._chunks.append(chunk)
-        except OSError:
-            return  # the other side is closed
-
-    def finish(self, *, seconds: float = 240) -> tuple[int, str]:
-        """Exit code, and every line that was ever shown, without its colours."""
-        code = self.process.wait(timeout=seconds)
-        self._reader.join(timeout=10)
-        os.close(self.controller)
-        return code, _CONTROL.sub("", b"".join(self._chunks).decode()).replace("\r", "\n")
+from workplace import Terminal, Workplace
 
 
 def on_terminal(workplace: Workplace, *words: str) -> Terminal:
-    controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    env = {k: v for k, v in workplace.env.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
-    process = subprocess.Popen(
-        [str(HEADRACE), *words, "--home", str(workplace.home)],
-        cwd=workplace.folder, env=env, stdin=terminal, stdout=terminal, stderr=terminal,
-    )  # fmt: skip
-    os.close(terminal)
-    return Terminal(process, controller)
+    return Terminal(*workplace.command(*words), workplace=workplace)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def resolve(stage: str = "base", *, storage: Json | None = None, **fields: Any) 
     return ResolvedStage.model_validate({**resolved, **fields})
 
 
-def runtime(pod_template: Json | None = None) -> TrainingRuntime:
-    trainer = {"image": "trainer:1", "python": "/opt/python", "podTemplate": pod_template or {}}
+def runtime(pod_template: Json | None = None, **others: Json) -> TrainingRuntime:
+    trainer = {"image": "trainer:1", "python": "/opt/python", "podTemplate": pod_template or {}, **others}
     return TrainingRuntime.model_validate({"metadata": {"name": "default"}, "spec": {"trainer": trainer}})
 
 
@@ -210,6 +210,15 @@ def test_a_runtime_adds_and_overrides_but_does_not_break_the_contract() -> None:
     assert pod["automountServiceAccountToken"] is False
     assert trainer["command"] == ["/opt/python", "-m", "headrace_trainer.agent", "/etc/headrace/stage.json"]
     assert env["HEADRACE_MASTER_PORT"] == "29400"
+
+
+def test_a_cache_that_outlives_pods_is_mounted_where_the_trainer_looks_for_it() -> None:
+    assert "HEADRACE_CACHE" not in env_of(build(resolve(), runtime()).workload)
+    volume = {"hostPath": {"path": "/var/lib/headrace", "type": "DirectoryOrCreate"}}
+    job = build(resolve(), runtime(cache=volume)).workload
+    folder = env_of(job)["HEADRACE_CACHE"]
+    assert {"name": "headrace-cache", "mountPath": folder} in trainer_of(job)["volumeMounts"]
+    assert {"name": "headrace-cache", **volume} in pod_of(job)["volumes"]
 
 
 def test_a_service_is_a_deployment_with_one_address_for_all_attempts() -> None:

@@ -1,7 +1,7 @@
 """Finding, verifying and committing artifacts.
 
 ``commit`` writes the files, then ``artifact.json``: its presence means done. ``find`` says whether a stage's result is
-already there. ``fetch`` gives a local folder whose every file has the digest that the manifest states.
+already there.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from headrace_api.artifact import ARTIFACT_FILE, Artifact, ArtifactFile, ArtifactRef
+from headrace_api.artifact import ARTIFACT_FILE, Artifact, ArtifactFile
 from headrace_api.contract import ResolvedStage
 from headrace_trainer import board
 from headrace_trainer.errors import StorageError
@@ -56,37 +56,12 @@ def find(store: ObjectStore, resolved: ResolvedStage) -> Artifact | None:
     return artifact if whole else None
 
 
-def fetch(store: ObjectStore, ref: ArtifactRef, *, into: Path) -> Path:
-    """A local folder with an artifact's files, each verified against its digest.
-
-    Args:
-        store: rooted at the folder of the stage that made the artifact.
-        ref: what is wanted.
-        into: where files are copied, if the store is not local already.
+def verify(path: Path, file: ArtifactFile, *, address: str) -> None:
+    """Compare a file with its digest.
 
     Raises:
-        StorageError: the artifact is gone, is another one, or a file's digest does not match.
+        StorageError: it is missing or corrupt.
     """
-    artifact = read_manifest(store, ARTIFACT_FILE)
-    if artifact is None:
-        raise StorageError(f"{ref.uri}: no {ARTIFACT_FILE}: the stage that makes it must run again")
-    if artifact.digest != ref.digest:
-        raise StorageError(
-            f"{ref.uri}: digest {artifact.digest[:12]} where {ref.digest[:12]} was expected: another run wrote here; "
-            "use another storage.uri, or run the stage that makes it again"
-        )
-    local = store.local_path("")
-    for file in artifact.files:
-        path = (local or into) / file.path
-        if local is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.get_file(file.path, path)
-        _verify(path, file, address=f"{ref.uri}/{file.path}")
-        board.beat()
-    return local or into
-
-
-def _verify(path: Path, file: ArtifactFile, *, address: str) -> None:
     if not path.is_file():
         raise StorageError(
             f"{address}: missing: remove {ARTIFACT_FILE} beside it and run the stage that makes it again"

@@ -23,9 +23,8 @@ from typing import Any, NoReturn
 from headrace_api.contract import STARTING_PHASE, Progress, ResolvedStage
 from headrace_api.faults import ExitCode, Outcome
 from headrace_api.stages import StageConfig
-from headrace_trainer import artifacts, board
+from headrace_trainer import artifacts, board, inputs
 from headrace_trainer.errors import PeersMissing, Stopped, StorageError, UserError, fault_of
-from headrace_trainer.locks import locked
 from headrace_trainer.processes import die_with_parent, let_stacks_be_read, name_process
 from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
@@ -45,6 +44,8 @@ class StageContext:
     resolved: ResolvedStage
     scratch: Path
     """A folder on this node that this attempt has for itself."""
+    cache: Path | None = None
+    """A folder on this node that outlives attempts, if there is one."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0
@@ -74,21 +75,14 @@ class StageContext:
         return self.scratch / "output"
 
     def input(self, slot: str) -> Path:
-        """A local folder with the verified files of an input; ranks of one node share one copy.
+        """A local folder with the verified files of an input; the node's ranks share one copy.
 
         Raises:
             StorageError: the artifact is gone or corrupt.
         """
         ref = self.resolved.inputs[slot]
-        folder, done = self.scratch / "inputs" / slot, self.scratch / "inputs" / f"{slot}.path"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not done.exists():
-            self.report(phase=STARTING_PHASE, message=f"reading the {slot}")
-        with locked(self.scratch / "inputs" / f"{slot}.lock"):
-            if not done.exists():
-                path = artifacts.fetch(open_uri(ref.uri, self.resolved.storage), ref, into=folder)
-                write_atomically(done, str(path))
-        return Path(done.read_text())
+        self.report(phase=STARTING_PHASE, message=f"reading the {slot}")
+        return inputs.fetch(open_uri(ref.uri, self.resolved.storage), ref, cache=self.cache or self.scratch / "inputs")
 
     def stop_requested(self) -> bool:
         """Whether this pod was asked to stop; other pods may not know yet, so ranks must agree on it."""
@@ -118,11 +112,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def context_from_environment(stage_file: Path, *, slot: board.Slot | None = None) -> StageContext:
-    """The context of this rank: ``HEADRACE_SCRATCH``, ``JOB_COMPLETION_INDEX`` and torch's variables."""
+    """The context of this rank: ``HEADRACE_SCRATCH``, ``HEADRACE_CACHE``, ``JOB_COMPLETION_INDEX`` and torch's variables."""
     env = os.environ
     return StageContext(
         resolved=ResolvedStage.model_validate_json(stage_file.read_text()),
         scratch=Path(env["HEADRACE_SCRATCH"]),
+        cache=Path(env["HEADRACE_CACHE"]) if env.get("HEADRACE_CACHE") else None,
         rank=int(env.get("RANK", env.get("JOB_COMPLETION_INDEX", "0"))),
         world=int(env.get("WORLD_SIZE", "1")),
         local_rank=int(env.get("LOCAL_RANK", "0")),

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from headrace_api.contract import ResolvedStage
@@ -54,6 +55,9 @@ def test_a_rank_is_asked_where_it_cannot_be_looked_at(rank, tmp_path, monkeypatc
 
 
 def test_what_the_kernel_says(rank):
+    process = psutil.Process(rank.pid)
+    while process.status() != psutil.STATUS_SLEEPING:
+        time.sleep(0.01)
     text = evidence.describe_processes({0: rank.pid})
     assert f"rank 0, process {rank.pid}" in text
     assert "State:\tS (sleeping)" in text

@@ -11,8 +11,7 @@ STEPS = ["steps", 10_000]
 
 
 def described(attempt):
-    folder = attempt.storage / "pretrain"
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(attempt.folder.glob("rank-*.json"))]
 
 
 def test_ranks_are_forked_from_one_process_that_has_imported_their_stage(pods):
@@ -37,7 +36,7 @@ def test_ranks_have_a_python_of_their_own_where_importing_has_started_a_thread(p
 def test_a_task_has_a_python_of_its_own(pods):
     attempt = pods({"*": [["describe"]]}, kind="corpus")
     assert attempt.end().fault is None
-    said = json.loads((attempt.storage / "corpus" / "rank-0.json").read_text())
+    (said,) = described(attempt)
     assert (said["imported_by"], said["RANK"]) == (said["pid"], None)
 
 

@@ -13,7 +13,7 @@ from builders import STAGES
 from headrace_api.artifact import Artifact, ArtifactRef
 from headrace_api.contract import ResolvedStage, join_uri
 from headrace_api.run import Stage, Storage
-from headrace_trainer import artifacts
+from headrace_trainer import artifacts, inputs
 from headrace_trainer.errors import StorageError, UserError
 from headrace_trainer.storage import ObjectInfo, open_store, open_uri
 
@@ -172,7 +172,7 @@ def test_a_committed_artifact_is_found_and_fetched_and_nothing_else_is_left(stor
     store = open_store(storage)
     assert artifacts.find(store, _resolved(storage)) == artifact
     ref = _ref(storage, artifact)
-    local = artifacts.fetch(open_uri(ref.uri, storage), ref, into=tmp_path / "in")
+    local = inputs.fetch(open_uri(ref.uri, storage), ref, cache=tmp_path / "cache")
     assert {p.name: p.read_text() for p in local.iterdir() if p.name in "ab"} == {"a": "one", "b": "two"}
     assert [i.key for i in store.list("")] == ["work/a", "work/artifact.json", "work/b"]
 
@@ -199,7 +199,7 @@ def test_a_corrupt_file_is_named_with_both_digests(storage, tmp_path):
     open_store(storage).put_bytes("work/a", b"0ne")
     ref = _ref(storage, artifact)
     with pytest.raises(StorageError, match=r"work/a: corrupt: sha256 is [0-9a-f]{12}, the manifest says [0-9a-f]{12}"):
-        artifacts.fetch(open_uri(ref.uri, storage), ref, into=tmp_path / "in")
+        inputs.fetch(open_uri(ref.uri, storage), ref, cache=tmp_path / "cache")
 
 
 def test_an_artifact_that_was_replaced_is_refused(storage, tmp_path):
@@ -207,7 +207,7 @@ def test_an_artifact_that_was_replaced_is_refused(storage, tmp_path):
     _commit(storage, _folder(tmp_path / "two", a="two"), hash="h2")
     ref = _ref(storage, first)
     with pytest.raises(StorageError, match="another run wrote here"):
-        artifacts.fetch(open_uri(ref.uri, storage), ref, into=tmp_path / "in")
+        inputs.fetch(open_uri(ref.uri, storage), ref, cache=tmp_path / "cache")
 
 
 def test_a_new_result_replaces_the_old_files_but_not_the_checkpoints(storage, tmp_path):
@@ -222,7 +222,7 @@ _KILLED_IN_AN_UPLOAD = """
 import os, signal, sys
 from pathlib import Path
 from headrace_api.contract import ResolvedStage
-from headrace_trainer import artifacts
+from headrace_trainer import artifacts, inputs
 from headrace_trainer.storage import open_store
 
 resolved = ResolvedStage.model_validate_json(sys.argv[1])

@@ -11,8 +11,8 @@ from moto.server import ThreadedMotoServer
 from headrace_api.artifact import Artifact, ArtifactRef
 from headrace_api.contract import ResolvedStage
 from headrace_api.run import Storage
-from headrace_trainer.artifacts import fetch
 from headrace_trainer.formats.model_card import read_card
+from headrace_trainer.inputs import fetch
 from headrace_trainer.storage import open_store, open_uri
 from trainer.data.builders import corpus_config, finish, make_context, prose, write_jsonl
 from trainer.engine.gangs import Ended, gang
@@ -122,7 +122,7 @@ def test_two_nodes_train_stop_resume_and_commit(tmp_path: Path, storage: Storage
 
     uri = f"{storage.uri}/base"
     ref = ArtifactRef(uri=uri, digest=found.digest, kind=found.kind)
-    folder = fetch(open_uri(uri, storage), ref, into=tmp_path / "model")
+    folder = fetch(open_uri(uri, storage), ref, cache=tmp_path / "cache")
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [record["step"] for record in history] == list(range(1, 13))
     assert history[-1]["validation_loss"] < history[0]["loss"]

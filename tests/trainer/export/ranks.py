@@ -15,12 +15,12 @@ CONTINUATION = 32
 def ask_megatron(rank: int, world: int, trained: Path) -> tuple[list[np.ndarray], list[list[int]]]:
     """Logits of the prompts, and greedy continuations by whole forward passes."""
     from headrace_api.parallelism import Layout
-    from headrace_trainer.engine.parallel import gang as groups
+    from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import read_card
     from headrace_trainer.stages.evaluate.losses import load_model
 
     card = read_card(trained)
-    with groups(Layout(tensor=world, pipeline=1, data=1), rank=rank, local_rank=rank, local_world=world) as ranks:
+    with join_gang(Layout(tensor=world, pipeline=1, data=1), rank=rank, local_rank=rank, local_world=world) as ranks:
         model = load_model(card, trained, ranks)
 
         def logits(ids: list[int]) -> torch.Tensor:
@@ -41,12 +41,12 @@ def ask_megatron(rank: int, world: int, trained: Path) -> tuple[list[np.ndarray]
 def megatron_loss(rank: int, world: int, trained: Path) -> float:
     """Mean token loss over fixed windows, by the evaluate stage's own functions."""
     from headrace_api.parallelism import Layout
-    from headrace_trainer.engine.parallel import gang as groups
+    from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import read_card
     from headrace_trainer.stages.evaluate.losses import load_model, token_losses
 
     card = read_card(trained)
-    with groups(Layout(tensor=1, pipeline=1, data=1), rank=rank) as ranks:
+    with join_gang(Layout(tensor=1, pipeline=1, data=1), rank=rank) as ranks:
         model = load_model(card, trained, ranks)
         losses = token_losses(model, Windows(), gang=ranks, num_windows=20, tell=lambda done: None)
     return float(losses.mean(dtype=np.float64))

@@ -18,6 +18,7 @@ _UNREACHABLE_SECONDS = 30
 _CONFIG_FOLDER = "/etc/headrace"
 _TOKEN_FOLDER = "/var/run/secrets/headrace"
 _TOKEN_SECONDS = 3600
+_CACHE_FOLDER = "/var/cache/headrace"
 
 
 def pod_template(resolved: ResolvedStage, pool: Pool, *, config: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _defaults(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
 def _contract(resolved: ResolvedStage, pool: Pool, *, config: str) -> dict[str, Any]:
     """What the agent and the operator rely on."""
     secret = resolved.storage.secret_ref
-    container = {
+    container: dict[str, Any] = {
         "name": CONTAINER,
         "command": [pool.python, "-m", "headrace_trainer.agent", f"{_CONFIG_FOLDER}/{STAGE_FILE}"],
         "terminationMessagePolicy": "File",
@@ -87,7 +88,7 @@ def _contract(resolved: ResolvedStage, pool: Pool, *, config: str) -> dict[str, 
         ],
     }
     token = {"audience": TOKEN_AUDIENCE, "expirationSeconds": _TOKEN_SECONDS, "path": "token"}
-    spec = {
+    spec: dict[str, Any] = {
         "serviceAccountName": account_name(resolved.run),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -97,6 +98,10 @@ def _contract(resolved: ResolvedStage, pool: Pool, *, config: str) -> dict[str, 
             {"name": "headrace-token", "projected": {"sources": [{"serviceAccountToken": token}]}},
         ],
     }
+    if pool.cache:
+        container["env"].append({"name": "HEADRACE_CACHE", "value": _CACHE_FOLDER})
+        container["volumeMounts"].append({"name": "headrace-cache", "mountPath": _CACHE_FOLDER})
+        spec["volumes"].append({"name": "headrace-cache", **pool.cache})
     metadata = {"labels": labels(resolved), "annotations": annotations(resolved)}
     return {"metadata": metadata, "spec": spec}
 

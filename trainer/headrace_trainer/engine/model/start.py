@@ -1,14 +1,16 @@
 """Start weights that do not depend on the layout.
 
-Each matrix is a grid of tiles, and each tile has a generator of its own, seeded with (seed, the matrix's name in
-checkpoints, its layer) and the tile's number. A rank draws the tiles that its part touches and keeps what is its own;
-so one rank, tensor ranks and pipeline stages all begin with the same model, and none ever holds a whole matrix.
+Each matrix is a grid of tiles, and each tile is a stretch of a counter-based generator (Philox) of its own: the key is
+made of the seed, the matrix's name in checkpoints and its layer, the counter starts at the tile's number. A rank draws
+the tiles that its part touches and keeps what is its own; so one rank, tensor ranks and pipeline stages all begin with
+the same model, and none ever holds a whole matrix.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from headrace_api.model import Architecture
@@ -16,9 +18,7 @@ from headrace_trainer.engine.device.megatron import MegatronModule, ShardedTenso
 
 _RESIDUAL_OUTPUTS = ("linear_proj", "linear_fc2")
 _TILE_ROWS, _TILE_COLUMNS = 256, 512
-_SEEDS = 2**32
-"""torch's CPU generator takes no more of a seed than 32 bits. Tiles of a matrix count on from its own seed, so that no
-two of them are the same."""
+_KEY_BYTES = 16
 
 
 @torch.no_grad()
@@ -53,20 +53,20 @@ def _draw(shard: ShardedTensor, *, seed: int) -> torch.Tensor:
     """This rank's part of a matrix of standard normal numbers, in fp32 on the CPU."""
     layer, (num_rows, num_columns) = shard.global_offset[:-2], shard.global_shape[-2:]
     first_row, first_column = shard.global_offset[-2:]
-    part, generator = torch.empty(shard.local_shape[-2:]), torch.Generator()
-    matrix_seed, tiles_in_row = _matrix_seed(seed, shard.key, layer), -(-num_columns // _TILE_COLUMNS)
+    part, key = torch.empty(shard.local_shape[-2:]), _matrix_key(seed, shard.key, layer)
     for i, rows, tile_rows in _tiles(first_row, part.size(0), side=_TILE_ROWS):
         for j, columns, tile_columns in _tiles(first_column, part.size(1), side=_TILE_COLUMNS):
-            generator.manual_seed((matrix_seed + i * tiles_in_row + j) % _SEEDS)
+            generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, i, j]))
             # Tiles at the edge end with the matrix.
             shape = min(_TILE_ROWS, num_rows - i * _TILE_ROWS), min(_TILE_COLUMNS, num_columns - j * _TILE_COLUMNS)
-            part[rows, columns] = torch.randn(shape, generator=generator)[tile_rows, tile_columns]
+            drawn = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+            part[rows, columns] = drawn[tile_rows, tile_columns]
     return part
 
 
-def _matrix_seed(seed: int, key: str, layer: tuple[int, ...]) -> int:
+def _matrix_key(seed: int, key: str, layer: tuple[int, ...]) -> int:
     digest = hashlib.sha256(f"{seed} {key} {list(layer)}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
+    return int.from_bytes(digest[:_KEY_BYTES], "big")
 
 
 def _tiles(first: int, length: int, *, side: int) -> Iterator[tuple[int, slice, slice]]:
