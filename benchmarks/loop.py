@@ -30,7 +30,7 @@ import torch
 from benchmarks.training import ONE_RANK, Bare, RandomSamples, Training, opened
 from headrace_api.model import Architecture
 from headrace_api.parallelism import Layout
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.training import Precision
 from headrace_trainer.engine.parallel import Sum
 
 RESULTS = Path(__file__).parent / "results"

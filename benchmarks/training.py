@@ -23,7 +23,8 @@ if os.environ.get(WITHOUT_TRANSFORMER_ENGINE):
 from headrace_api.contract import ResolvedStage
 from headrace_api.model import Architecture
 from headrace_api.parallelism import Layout
-from headrace_api.stages.pretrain import Fp8Recipe, Precision, Pretrain
+from headrace_api.stages.pretrain import Pretrain
+from headrace_api.stages.training import Fp8Recipe, Precision
 from headrace_trainer.engine.batches import Samples
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.parallel import Gang, join_gang

@@ -18,7 +18,7 @@ import torch
 from benchmarks.loop import Case, compare
 from benchmarks.training import RandomSamples, SourceText, Training, opened
 from headrace_api.planning import estimate_pretrain
-from headrace_api.stages.pretrain import Fp8Recipe
+from headrace_api.stages.training import Fp8Recipe
 from headrace_trainer.engine import device
 from headrace_trainer.engine.batches import Samples
 from headrace_trainer.engine.loop import Loop

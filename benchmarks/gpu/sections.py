@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from benchmarks.gpu import pieces
 from benchmarks.training import WITHOUT_TRANSFORMER_ENGINE, Training
 from headrace_api.model import PRESETS, Architecture
-from headrace_api.stages.pretrain import Fp8Recipe, Precision
+from headrace_api.stages.training import Fp8Recipe, Precision
 
 
 class Fresh(Protocol):

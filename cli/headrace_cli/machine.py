@@ -17,7 +17,7 @@ import psutil
 from headrace_api.people import people_bytes
 from headrace_api.planning.fit import least_estimate, too_large
 from headrace_api.run import Stage, TrainingRun
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.training import Precision
 from headrace_api.words import line
 
 _SMI = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")

@@ -13,7 +13,7 @@ from headrace_api.planning import estimate_pretrain
 from headrace_api.planning.fit import device_errors, vocab_size
 from headrace_api.planning.memory import Batches, Memory, fullest_rank, num_stage_parameters
 from headrace_api.run import TrainingRun
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.training import Precision
 
 LLAMA_7B = PRESETS["llama-7b"]
 ONE = Layout(tensor=1, pipeline=1, data=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from headrace_api.model import Architecture, padded_vocab
 from headrace_api.parallelism import Layout
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.training import Precision
 
 _WEIGHT_BYTES = {Precision.FP32: 4, Precision.BF16: 2, Precision.FP8: 2}
 _MAIN_WEIGHT_BYTES = {Precision.FP32: 0, Precision.BF16: 4, Precision.FP8: 4}

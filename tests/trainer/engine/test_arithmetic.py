@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace_api.stages.pretrain import Schedule
+from headrace_api.stages.training import Schedule
 from headrace_trainer.engine.batches import Batches, positions
 from headrace_trainer.engine.history import History
 from headrace_trainer.engine.objective import NextToken

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from headrace_api.artifact import canonical_digest
-from headrace_api.stages.pretrain import OnMismatch
+from headrace_api.stages.training import OnMismatch
 from headrace_trainer.engine.checkpoint.choice import Choice, Training, choose, differences
 from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest
 

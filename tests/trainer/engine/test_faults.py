@@ -16,7 +16,7 @@ def test_a_model_that_diverged_ends_the_run_with_a_remedy(tmp_path: Path, layout
 
 
 def ask_for_fp8(rank: int, world: int) -> None:
-    from headrace_api.stages.pretrain import Precision
+    from headrace_api.stages.training import Precision
     from headrace_trainer.engine.model.build import check_precision
 
     check_precision(Precision.FP8)

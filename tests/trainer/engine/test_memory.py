@@ -8,7 +8,7 @@ import pytest
 from headrace_api.model import Architecture
 from headrace_api.parallelism import Layout
 from headrace_api.planning.memory import Batches, Memory, fullest_rank, num_stage_parameters
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.training import Precision
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, TP2_PP2, gang
 
 SHAPE = Architecture(layers=4, hidden_size=256, heads=8, kv_heads=4, ffn_hidden_size=704)
@@ -30,7 +30,7 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
     import numpy as np
     import torch
 
-    from headrace_api.stages.pretrain import Optimizer, Schedule
+    from headrace_api.stages.training import Optimizer, Schedule
     from headrace_trainer.engine.batches import GlobalBatch
     from headrace_trainer.engine.model.build import build_model
     from headrace_trainer.engine.objective import NextToken

@@ -47,7 +47,7 @@ def built(rank: int, layout: dict[str, int], architecture: Architecture, *, seed
     from contextlib import contextmanager
 
     from headrace_api.parallelism import Layout
-    from headrace_api.stages.pretrain import Precision
+    from headrace_api.stages.training import Precision
     from headrace_trainer.engine.model.build import build_model
     from headrace_trainer.engine.model.start import fill_start_weights
     from headrace_trainer.engine.parallel import join_gang
@@ -177,7 +177,7 @@ def hidden_lengths(rank: int, world: int, layout: dict[str, int], length: int) -
     import torch
 
     from headrace_api.parallelism import Layout
-    from headrace_api.stages.pretrain import Precision
+    from headrace_api.stages.training import Precision
     from headrace_trainer.engine.model.build import build_model
     from headrace_trainer.engine.model.start import fill_start_weights
     from headrace_trainer.engine.parallel import join_gang
@@ -256,7 +256,7 @@ def test_attention_refuses_what_it_would_ignore() -> None:
 
 def fp8_settings(rank: int, world: int, recipe: str | None) -> tuple[Any, ...]:
     from headrace_api.parallelism import Layout
-    from headrace_api.stages.pretrain import Fp8Recipe, Precision
+    from headrace_api.stages.training import Fp8Recipe, Precision
     from headrace_trainer.engine.model.build import transformer_config
 
     config = transformer_config(

@@ -17,7 +17,7 @@ def follow_adamw(rank: int, world: int, layout: dict[str, int], decay: float) ->
     """Largest difference of any weight, the norm that was returned, and torch's norm, after every step."""
     import torch
 
-    from headrace_api.stages.pretrain import Optimizer, Precision, Schedule
+    from headrace_api.stages.training import Optimizer, Precision, Schedule
     from headrace_trainer.engine.objective import NextToken
     from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
     from headrace_trainer.engine.step import Stepper

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from headrace_api.stages.pretrain import NonFinite
+from headrace_api.stages.training import NonFinite
 from headrace_trainer.engine.skips import Verdict, judge, last_update
 from trainer.engine.gangs import DP2, TP2, Run, gang, joined, train
 

@@ -7,22 +7,20 @@ is the whole state of the data.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
-
-from headrace_trainer.engine.objective import Batch, Objective
+from headrace_trainer.engine.objective import Objective
 from headrace_trainer.engine.parallel import Gang
 
 
 class Samples(Protocol):
-    """Token samples in a fixed order."""
+    """Samples in a fixed order."""
 
     num_samples: int
     """Samples in one epoch."""
 
-    def sample(self, index: int) -> np.ndarray:
-        """Sample ``index`` of the run, int64 [sequence length + 1]."""
+    def sample(self, index: int) -> Any:
+        """Sample ``index`` of the run, as the objective's ``collate`` takes it."""
 
 
 def positions(*, size: int, micro_batch_size: int, data_rank: int, data_ranks: int) -> list[list[int]]:
@@ -44,7 +42,7 @@ class GlobalBatch:
     """One rank's part of a global batch. Micro-batches are read as they are asked for: while the GPU computes."""
 
     num_micro_batches: int
-    micro_batches: Iterator[Batch]
+    micro_batches: Iterator[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class Batches:
             data_ranks=self.gang.layout.data,
         )
 
-        def micro_batch(positions: list[int]) -> Batch:
+        def micro_batch(positions: list[int]) -> Any:
             samples = [self.samples.sample(first + min(p, size - 1)) for p in positions]
             return self.objective.collate(samples, [float(p < size) for p in positions], self.gang.device)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +13,28 @@ class History:
 
     records: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, *, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int) -> None:
+    def add(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        tokens: int,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Add a step.
 
         Args:
             step: the step, counted from 1.
-            loss: mean token loss over its global batch, in nats.
+            loss: mean loss over its global batch, in nats.
+            metrics: the objective's other figures; those that are not finite are left out.
             grad_norm: norm of the gradient before clipping.
             learning_rate: the step's.
             tokens: tokens trained on so far, this step's included.
         """
         exact = {"loss": loss, "loss_hex": loss.hex(), "grad_norm": grad_norm, "lr": learning_rate}
-        self.records.append({"step": step, **exact, "tokens": tokens})
+        self.records.append({"step": step, **exact, "tokens": tokens, **_finite(metrics or {})})
 
     def add_skipped(self, *, step: int, reason: str, learning_rate: float, tokens: int) -> None:
         """Add a step whose update was left out.
@@ -41,10 +52,10 @@ class History:
         for record in self.records[step:]:
             record["rolled_back"] = True
 
-    def add_validation(self, loss: float) -> None:
-        """Note the validation loss after the newest step; none where it is not a finite number, which JSON cannot hold."""
-        if math.isfinite(loss):
-            self.records[-1]["validation_loss"] = loss
+    def add_validation(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Note what was measured on the validation split after the newest step."""
+        figures = {"loss": loss, **(metrics or {})}
+        self.records[-1] |= {f"validation_{name}": value for name, value in _finite(figures).items()}
 
     @property
     def loss(self) -> float | None:
@@ -70,3 +81,8 @@ class History:
     def loads(cls, text: str) -> "History":
         """What ``dumps`` gave."""
         return cls([json.loads(line) for line in text.splitlines()])
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures that JSON can hold."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}

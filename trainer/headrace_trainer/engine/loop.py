@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from headrace_api.run import SavedCheckpoint
-from headrace_api.stages.pretrain import Pretrain
+from headrace_api.stages.training import Training
 from headrace_trainer.engine.batches import Batches
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState
@@ -48,7 +48,9 @@ class Agreed:
     """What all ranks know after a step's one exchange."""
 
     loss: float
-    """Mean token loss over the global batch, in nats."""
+    """Mean loss over what counts in the global batch, in nats."""
+    metrics: dict[str, float]
+    """Means of the objective's other figures."""
     must_stop: bool
     must_save: bool
     may_advance: bool
@@ -59,7 +61,9 @@ class Agreed:
 class Loop:
     """Steps from where the state is to the end."""
 
-    config: Pretrain
+    config: Training
+    steps: int
+    """Optimizer steps in the whole stage."""
     gang: Gang
     host: Host
     stepper: Stepper
@@ -103,7 +107,7 @@ class Loop:
         """
         self.pace.restart()
         with collected_between_steps():
-            while self.step < self.config.steps:
+            while self.step < self.steps:
                 self.advance()
         self.stepper.gather_weights()
         self._save()  # should the model not reach storage, the next attempt has only that left to do
@@ -123,7 +127,7 @@ class Loop:
         went_back = skipped and self._answer_skip()
         if self._validation_due():
             self._validate()
-        must_stop = agreed.must_stop and self.step < self.config.steps
+        must_stop = agreed.must_stop and self.step < self.steps
         # A skipped step has nothing new, and its checkpoint would push out one whose weights are older.
         if must_stop or went_back or (agreed.must_save and not skipped):
             self._save()
@@ -145,18 +149,25 @@ class Loop:
         grad_norm = self.stepper.gradient_norm()
         agreed = self._agreed(exchange)
         self.step += 1
-        rate = learning_rate(self.config.schedule, step=self.step, steps=self.config.steps)
+        rate = learning_rate(self.config.schedule, step=self.step, steps=self.steps)
         tokens = self.step * self.config.tokens_per_step
         if math.isfinite(agreed.loss) and math.isfinite(grad_norm):
             self.stepper.update(learning_rate=rate, gradient_norm=grad_norm)
-            self.history.add(step=self.step, loss=agreed.loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens)
+            self.history.add(
+                step=self.step,
+                loss=agreed.loss,
+                metrics=agreed.metrics,
+                grad_norm=grad_norm,
+                learning_rate=rate,
+                tokens=tokens,
+            )
         else:
             what = f"the loss is {agreed.loss}" if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
             self.history.add_skipped(step=self.step, reason=what, learning_rate=rate, tokens=tokens)
         self.pace.step()
         return agreed
 
-    def _exchange(self, loss_sums: torch.Tensor) -> Sum:
+    def _exchange(self, sums: torch.Tensor) -> Sum:
         """Begin the one exchange of a step: the loss, and what any rank asks for."""
         elapsed = time.monotonic() - self._saved_at
         every = self.config.checkpoint.every
@@ -165,12 +176,14 @@ class Loop:
         save = self.gang.is_first and not waits and is_due(every, step=self.step + 1, seconds=elapsed)
         asked = [self.host.stop_requested(), save, self.checkpointer.ready]
         said = send(torch.tensor(asked, dtype=torch.float64), self.gang.device)
-        return self.gang.start_sum(torch.cat((loss_sums, said)))
+        return self.gang.start_sum(torch.cat((sums, said)))
 
     def _agreed(self, exchange: Sum) -> Agreed:
-        loss, num_tokens, stops, saves, ready = exchange.result()
+        *sums, stops, saves, ready = exchange.result()
+        loss, metrics = self.stepper.means(sums)
         return Agreed(
-            loss=loss / num_tokens,
+            loss=loss,
+            metrics=metrics,
             must_stop=stops > 0,
             must_save=saves > 0,
             may_advance=ready == self.gang.layout.world,
@@ -209,13 +222,13 @@ class Loop:
         return True
 
     def _validation_due(self) -> bool:
-        return self.step % self.config.validation.every == 0 or self.step == self.config.steps
+        return self.step % self.config.validation.every == 0 or self.step == self.steps
 
     def _validate(self) -> None:
         self._report("Evaluating")
         size = min(self.config.validation.samples, self.validation.samples.num_samples)
-        loss, num_tokens = self.gang.start_sum(self.stepper.losses(self.validation.read(0, size))).result()
-        self.history.add_validation(loss / num_tokens)
+        sums = self.gang.start_sum(self.stepper.losses(self.validation.read(0, size))).result()
+        self.history.add_validation(*self.stepper.means(sums))
         self.pace.restart()
 
     def _save(self) -> None:
@@ -245,11 +258,11 @@ class Loop:
         self.host.report(
             phase=phase,
             done=self.step,
-            total=self.config.steps,
+            total=self.steps,
             unit="steps",
             loss=self.history.loss,
             tokens_per_second=self.pace.tokens_per_second,
-            eta_seconds=self.pace.seconds_for(self.config.steps - self.step),
+            eta_seconds=self.pace.seconds_for(self.steps - self.step),
             checkpoint=self.saved,
             message=self.message[:1024],
         )

@@ -1,14 +1,13 @@
-"""What is minimized: a batch through a model -> a sum of losses and the number of tokens that it is over.
+"""What is minimized: a batch through a model -> a sum of losses and what it is over: tokens, or pairs.
 
-The loop knows nothing of what a batch holds; an ``Objective`` does. Pretraining is the first; fine-tuning and
-preference losses fit the same seam.
+The loop knows nothing of what a batch holds; an ``Objective`` does.
 
 Shapes: B micro-batch, T sequence.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -31,23 +30,30 @@ class Loss:
     """Losses of one micro-batch, added up."""
 
     total: torch.Tensor
-    """Sum over the tokens that count, in nats; gradients start here."""
-    num_tokens: torch.Tensor
-    """Number of tokens that count, int32."""
+    """Sum over the tokens, or the pairs, that count, in nats; gradients start here."""
+    count: torch.Tensor
+    """Number of them, int32."""
+    metrics: tuple[torch.Tensor, ...] = ()
+    """Sums over the same of the objective's ``METRICS``."""
 
 
 class Objective(Protocol):
     """One thing to train for."""
 
-    def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
+    METRICS: ClassVar[tuple[str, ...]]
+    """What is measured besides the loss, each as a mean over what counts."""
+
+    def collate(self, samples: list[Any], weights: list[float], device: torch.device) -> Any:
         """Samples of one micro-batch -> tensors on ``device``; a sample of weight 0 does not count."""
 
-    def forward(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
+    def forward(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
         """Run this stage of the model; on the last stage its output goes through the function that comes second."""
 
 
 class NextToken:
     """Predict each token from those before it: the mean negative log-likelihood over all tokens."""
+
+    METRICS = ()
 
     def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
         """Shift samples of T + 1 tokens into T inputs and T labels."""
@@ -64,4 +70,4 @@ class NextToken:
 
 
 def _over_tokens(losses_BT: torch.Tensor, mask_BT: torch.Tensor) -> Loss:
-    return Loss(total=(losses_BT.float() * mask_BT).sum(), num_tokens=mask_BT.sum().to(torch.int32))
+    return Loss(total=(losses_BT.float() * mask_BT).sum(), count=mask_BT.sum().to(torch.int32))

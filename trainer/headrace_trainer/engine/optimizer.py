@@ -3,7 +3,7 @@
 The distributed form is used for one replica too: plain and distributed optimizers do not read each other's checkpoints.
 """
 
-from headrace_api.stages.pretrain import Optimizer, Precision, Schedule
+from headrace_api.stages.training import Optimizer, Precision, Schedule
 from headrace_trainer.engine.device.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,

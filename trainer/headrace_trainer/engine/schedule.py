@@ -3,7 +3,7 @@
 import math
 
 from headrace_api.base import Cadence, parse_duration
-from headrace_api.stages.pretrain import Decay, Schedule
+from headrace_api.stages.training import Decay, Schedule
 
 
 def learning_rate(schedule: Schedule, *, step: int, steps: int) -> float:

@@ -10,7 +10,7 @@ from enum import Enum
 from itertools import takewhile
 from typing import Any
 
-from headrace_api.stages.pretrain import NonFinite
+from headrace_api.stages.training import NonFinite
 
 WINDOW = 1000
 """Steps that are looked back on."""

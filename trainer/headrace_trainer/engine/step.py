@@ -3,7 +3,7 @@
 Nothing here waits for the GPU but ``gradient_norm``: clipping needs the number on the host.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,11 @@ class Stepper:
     weight_decay: float
 
     def gradients(self, batch: GlobalBatch) -> torch.Tensor:
-        """Gradients of the mean token loss over the global batch, reduced over the gang.
+        """Gradients of the mean loss over the global batch, reduced over the gang.
 
         Returns:
-            What this rank adds to the gang's sums, float64 [2] on its device: token losses in nats, and tokens.
+            What this rank adds to the gang's sums, float64 on its device: the loss, what it is over, and the
+            objective's other figures.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -46,6 +47,11 @@ class Stepper:
     def losses(self, batch: GlobalBatch) -> torch.Tensor:
         """The same sums alone; weights and gradients stay as they are."""
         return self._run(batch, forward_only=True)
+
+    def means(self, sums: Sequence[float]) -> tuple[float, dict[str, float]]:
+        """The gang's sums -> the mean loss, and the means of the objective's other figures by name."""
+        total, count, *others = sums
+        return total / count, {name: value / count for name, value in zip(self.objective.METRICS, others, strict=True)}
 
     def gradient_norm(self) -> float:
         """The norm of the whole gradient, before clipping; the same on every rank."""
@@ -64,7 +70,7 @@ class Stepper:
             self.model.start_param_sync(force_sync=True)
 
     def _run(self, batch: GlobalBatch, *, forward_only: bool) -> torch.Tensor:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.gang.device)
+        sums = torch.zeros(2 + len(self.objective.METRICS), dtype=torch.float64, device=self.gang.device)
 
         def forward(micro_batches: Iterator[Batch], model: MegatronModule) -> tuple[Any, Callable[..., Any]]:
             output, loss_of = self.objective.forward(model, next(micro_batches))
@@ -72,8 +78,9 @@ class Stepper:
             def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
                 found = loss_of(output)
                 if self.gang.counts_loss:
-                    sums.add_(torch.stack((found.total.detach().double(), found.num_tokens.double())))
-                return found.total, found.num_tokens, None
+                    figures = (found.total, found.count, *found.metrics)
+                    sums.add_(torch.stack([figure.detach().double() for figure in figures]))
+                return found.total, found.count, None
 
             return output, loss
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from headrace_api.base import Spec
 from headrace_api.model import Architecture, padded_vocab
-from headrace_api.stages.pretrain import Precision
+from headrace_api.stages.training import Precision
 
 MODEL_FILE = "model.json"
 CHECKPOINT_FOLDER = "checkpoint"

@@ -15,7 +15,7 @@ from typing import Any
 
 from headrace_api.artifact import ArtifactFile, canonical_digest
 from headrace_api.run import SavedCheckpoint
-from headrace_api.stages.pretrain import Checkpointing
+from headrace_api.stages.training import Checkpointing
 from headrace_trainer import board
 from headrace_trainer.engine.checkpoint.choice import Choice, choose
 from headrace_trainer.engine.checkpoint.files import CheckpointFiles

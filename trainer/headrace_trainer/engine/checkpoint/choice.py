@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace_api.artifact import canonical_digest
-from headrace_api.stages.pretrain import OnMismatch
+from headrace_api.stages.training import OnMismatch
 from headrace_trainer.engine.checkpoint.manifest import CheckpointManifest
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")

@@ -10,7 +10,7 @@ import torch
 
 from headrace_api.model import Architecture, padded_vocab
 from headrace_api.parallelism import Layout
-from headrace_api.stages.pretrain import Fp8Recipe, Precision
+from headrace_api.stages.training import Fp8Recipe, Precision
 from headrace_trainer.engine import device
 from headrace_trainer.engine.device.megatron import (
     Float16Module,

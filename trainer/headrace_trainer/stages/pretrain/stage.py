@@ -114,6 +114,7 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
     state = TrainState(model=model, optimizer=optimizer)
     return Loop(
         config=config,
+        steps=config.steps,
         gang=ranks,
         host=ctx,
         stepper=stepper,
