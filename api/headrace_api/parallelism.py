@@ -44,13 +44,8 @@ def divisors(number: int, *, at_most: int | None = None) -> str:
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
 
-def layout(parallelism: Parallelism, arch: Architecture, *, num_ranks: int) -> Layout:
-    """Check the axes against the model and the gang.
-
-    Args:
-        parallelism: the axes asked for.
-        arch: the model that is split.
-        num_ranks: ranks in the gang, nodes x ranks a node.
+def split_model(parallelism: Parallelism, arch: Architecture) -> None:
+    """Check the axes against the model.
 
     Raises:
         FieldError: an axis does not divide what it splits; the field is relative to the stage's typed block.
@@ -76,6 +71,19 @@ def layout(parallelism: Parallelism, arch: Architecture, *, num_ranks: int) -> L
             pipeline,
             f"must divide the model's {arch.layers} layers; use {divisors(arch.layers)}",
         )
+
+
+def layout(parallelism: Parallelism, *, num_ranks: int) -> Layout:
+    """Check the axes against the gang.
+
+    Args:
+        parallelism: the axes asked for.
+        num_ranks: ranks in the gang, nodes x ranks a node.
+
+    Raises:
+        FieldError: a replica's ranks do not divide the gang; the field is relative to the stage's typed block.
+    """
+    tensor, pipeline = parallelism.tensor, parallelism.pipeline
     replica = tensor * pipeline
     if num_ranks % replica:
         raise FieldError(

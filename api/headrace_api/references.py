@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from headrace_api.base import FieldError, JsonSchema, rule
 from headrace_api.compute import cel_world
 from headrace_api.model import Architecture, cel_dimension
-from headrace_api.parallelism import MAX_TENSOR, SPLIT_BY_TENSOR, Parallelism, layout
+from headrace_api.parallelism import MAX_TENSOR, SPLIT_BY_TENSOR, Parallelism, split_model
 from headrace_api.stage import Stage
-from headrace_api.stages import KINDS, ArtifactKind
+from headrace_api.stages import KINDS, ArtifactKind, Finetune
 from headrace_api.stages.deploy import Engine
 
 MAX_STAGES = 32
 _PLACES = f"[{', '.join(str(i) for i in range(MAX_STAGES))}]"
 """CEL's macros over a list do not tell the places of its items; a list of places does."""
+_FINETUNING = [kind for kind, config in KINDS.items() if issubclass(config, Finetune)]
 _VLLM = "vllm splits the heads over its GPUs"
 
 
@@ -34,7 +35,11 @@ def check_references(stages: Sequence[Stage]) -> None:
             _check_input(i, stage, slot=slot, source=source, seen=seen)
         field = f"stages[{i}].compute.{stage.compute.ranks_field}"
         if stage.evaluate is not None:
-            _check_evaluate(field, stage, model=seen[stage.evaluate.from_.model])
+            _check_evaluate(field, stage, arch=architecture_of(stage.evaluate.from_.model, seen))
+        if isinstance(stage.config, Finetune):
+            _check_finetune(
+                f"stages[{i}].{stage.kind}", stage.config, arch=architecture_of(stage.config.from_.model, seen)
+            )
         if stage.deploy is not None and stage.deploy.engine is Engine.VLLM:
             _check_vllm(f"stages[{i}].compute.gpusPerNode", stage, exported=seen[stage.deploy.from_.model], seen=seen)
         seen[stage.name] = stage
@@ -49,13 +54,43 @@ def reference_rules() -> Iterator[JsonSchema]:
         f"compute.ranksPerNode of an evaluate stage must be at most {MAX_TENSOR}",
     )
     for dimension in SPLIT_BY_TENSOR:
-        divides = f"{cel_dimension(dimension, model='t.pretrain.model')} % {world} == 0"
-        trained = f"t.name != s.evaluate.from.model || !has(t.pretrain) || {divides}"
-        yield rule(
-            f"self.stages.all(s, !has(s.evaluate) || self.stages.all(t, {trained}))",
-            f"compute.ranksPerNode of an evaluate stage must divide its model's {dimension}",
-        )
+        yield _split_rule(dimension, by=_of_readers("1", evaluate=world, others="parallelism.tensor"))
+    yield _split_rule("layers", by=_of_readers("1", evaluate="1", others="parallelism.pipeline"))
     yield _vllm_rule()
+
+
+def _of_readers(otherwise: str, *, evaluate: str, others: str) -> str:
+    """CEL that picks, for a stage ``s`` that reads a checkpoint, a value by its kind."""
+    chosen = otherwise
+    for kind in _FINETUNING:
+        chosen = f"has(s.{kind}) ? s.{kind}.{others} : {chosen}"
+    return f"(has(s.evaluate) ? {evaluate} : {chosen})"
+
+
+def _split_rule(dimension: str, *, by: str) -> JsonSchema:
+    """Ranks divide a dimension of the model that they read, where it comes from pretraining; of models that were trained
+    further the operator knows the dimensions."""
+    source = _of_readers("''", evaluate="s.evaluate.from.model", others="from.model")
+    divides = f"{cel_dimension(dimension, model='t.pretrain.model')} % {by} == 0"
+    return rule(
+        f"self.stages.all(s, self.stages.all(t, t.name != {source} || !has(t.pretrain) || {divides}))",
+        f"the ranks that share the model of an evaluate, {' or '.join(_FINETUNING)} stage must divide its {dimension}: "
+        "choose another compute.ranksPerNode or parallelism",
+    )
+
+
+def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture:
+    """The dimensions of the model that a stage gives: those of the stage that it was first trained in.
+
+    Args:
+        name: of a stage that gives a checkpoint.
+        stages: every earlier stage, by name; references between them are checked.
+    """
+    stage = stages[name]
+    if stage.pretrain is not None:
+        return stage.pretrain.model.architecture
+    assert isinstance(stage.config, Finetune), "a checkpoint comes from training"
+    return architecture_of(stage.config.from_.model, stages)
 
 
 def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str, Stage]) -> None:
@@ -86,14 +121,20 @@ def _input_rules() -> Iterator[JsonSchema]:
             )
 
 
-def _check_evaluate(field: str, stage: Stage, *, model: Stage) -> None:
+def _check_finetune(field: str, config: Finetune, *, arch: Architecture) -> None:
+    try:
+        split_model(config.parallelism, arch)
+    except FieldError as error:
+        raise FieldError(f"{field}.{error.field}", error.value, error.remedy) from error
+
+
+def _check_evaluate(field: str, stage: Stage, *, arch: Architecture) -> None:
     """The ranks of an evaluate stage split its model; no other axis is used."""
     ranks = stage.compute.ranks
     if ranks > MAX_TENSOR:
         raise FieldError(field, ranks, f"the ranks of an evaluate stage split the model; use at most {MAX_TENSOR}")
-    assert model.pretrain is not None, "only pretrain gives a checkpoint"
     try:
-        layout(Parallelism(tensor=ranks), model.pretrain.model.architecture, num_ranks=ranks)
+        split_model(Parallelism(tensor=ranks), arch)
     except FieldError as error:
         raise FieldError(field, ranks, f"the ranks of an evaluate stage split the model: {error.remedy}") from error
 
@@ -102,9 +143,7 @@ def _check_vllm(field: str, stage: Stage, *, exported: Stage, seen: Mapping[str,
     """vLLM's tensor parallelism: heads are split; key heads are split, or repeated where there are fewer of them."""
     gpus = stage.compute.gpus_per_node
     assert exported.export is not None, "only export gives a Hugging Face folder"
-    trained = seen[exported.export.from_.model].pretrain
-    assert trained is not None, "only pretrain gives a checkpoint"
-    arch = trained.model.architecture
+    arch = architecture_of(exported.export.from_.model, seen)
     if gpus > 1 and not _vllm_splits(arch, gpus):
         fitting = [d for d in range(1, arch.heads + 1) if _vllm_splits(arch, d)]
         remedy = f"{_VLLM}: {arch.heads}, and {arch.kv_heads} of keys; use {' or '.join(map(str, fitting))}"

@@ -14,8 +14,11 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, Validatio
 from headrace_api.artifact import ArtifactRef
 from headrace_api.base import Duration, FieldError, Name, Spec, Uri, api_rules, rule
 from headrace_api.compute import Compute
+from headrace_api.plain_yaml import dotted
 from headrace_api.references import MAX_STAGES, check_references, reference_rules
 from headrace_api.stage import Stage
+from headrace_api.stages import KINDS, Finetune
+from headrace_api.stages.data import cel_addresses_absolute
 from headrace_api.storage import NO_STORAGE, RELATIVE, SecretRef, Storage, cel_is_absolute, is_absolute
 
 __all__ = ["Compute", "SecretRef", "Stage", "Storage"]  # beside what is defined here
@@ -53,6 +56,14 @@ class RunSpec(Spec):
             "self.stages.all(s, !has(s.tokenizer) || !has(s.tokenizer.__import__) || "
             f"{cel_is_absolute('s.tokenizer.__import__.uri')})",
             f"tokenizer.import.uri {RELATIVE}",
+        ),
+        *(
+            rule(
+                f"self.stages.all(s, !has(s.{kind}) || ({cel_addresses_absolute(f's.{kind}.data')}))",
+                f"{kind}.data.sources.uri and {kind}.data.validation.uri: one {RELATIVE}",
+            )
+            for kind, config in KINDS.items()
+            if issubclass(config, Finetune)
         ),
         *reference_rules(),
     )
@@ -320,10 +331,7 @@ def cluster_errors(run: TrainingRun) -> list[FieldError]:
         return [FieldError("spec.storage.uri", None, NO_STORAGE.removeprefix("storage.uri "))]
     places = {"spec.storage.uri": storage}
     for i, stage in enumerate(run.spec.stages):
-        if stage.corpus is not None:
-            places |= {f"spec.stages[{i}].corpus.sources[{j}].uri": s.uri for j, s in enumerate(stage.corpus.sources)}
-        if stage.tokenizer is not None and stage.tokenizer.import_ is not None:
-            places[f"spec.stages[{i}].tokenizer.import.uri"] = stage.tokenizer.import_.uri
+        places |= {dotted(("spec", "stages", i, stage.kind, *path)): uri for path, uri in stage.config.addresses()}
     return [FieldError(f, uri, RELATIVE) for f, uri in places.items() if not is_absolute(uri)]
 
 

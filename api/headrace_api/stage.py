@@ -1,12 +1,13 @@
 """One stage of a run: a name, machines, and exactly one typed block."""
 
+from collections.abc import Iterator
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import FieldError, Matches, Spec, api_rules, rule
+from headrace_api.base import FieldError, JsonSchema, Matches, Spec, api_rules, rule
 from headrace_api.compute import Compute, cel_world
-from headrace_api.parallelism import layout
+from headrace_api.parallelism import layout, split_model
 from headrace_api.stages import (
     KINDS,
     Corpus,
@@ -15,9 +16,11 @@ from headrace_api.stages import (
     Export,
     Pretrain,
     RunsAs,
+    Sft,
     Shards,
     StageConfig,
     Tokenizer,
+    Training,
 )
 
 PartName = Annotated[
@@ -31,10 +34,29 @@ PartName = Annotated[
 """A name that is put together with others by two hyphens, and so has no two in a row: what is put together says what of."""
 
 _WORLD = cel_world("self")
-_REPLICA = "(self.pretrain.parallelism.tensor * self.pretrain.parallelism.pipeline)"
-_PER_PASS = f"(self.pretrain.microBatchSize * ({_WORLD} / {_REPLICA}))"
 _ONE_BLOCK = f"a stage has exactly one typed block of {', '.join(KINDS)}"
+_TRAINING = [kind for kind, config in KINDS.items() if issubclass(config, Training)]
+_TRAINS = " || ".join(f"has(self.{kind})" for kind in _TRAINING)
 _SEVERAL_RANKS = [kind for kind, config in KINDS.items() if config.RUNS_AS is not RunsAs.TASKS]
+
+
+def _gang_rules(kind: str) -> Iterator[JsonSchema]:
+    """How the ranks of a stage that trains must fit its layout and its batches."""
+    block = f"self.{kind}"
+    replica = f"({block}.parallelism.tensor * {block}.parallelism.pipeline)"
+    per_pass = f"({block}.microBatchSize * ({_WORLD} / {replica}))"
+    yield rule(
+        f"!has({block}) || {_WORLD} % {replica} == 0",
+        "parallelism.tensor x parallelism.pipeline must divide the ranks of the gang, compute.nodes x compute.ranksPerNode",
+    )
+    yield rule(
+        f"!has({block}) || {_WORLD} % {replica} != 0 || {block}.globalBatchSize % {per_pass} == 0",
+        "globalBatchSize must be a multiple of microBatchSize x data ranks (ranks / tensor / pipeline)",
+    )
+    yield rule(
+        f"!has({block}) || {block}.precision != 'fp8' || self.compute.gpusPerNode > 0",
+        "precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
+    )
 
 
 class Stage(Spec):
@@ -42,23 +64,15 @@ class Stage(Spec):
 
     model_config = api_rules(
         rule(" + ".join(f"(has(self.{kind}) ? 1 : 0)" for kind in KINDS) + " == 1", _ONE_BLOCK),
-        rule("has(self.pretrain) || self.compute.nodes == 1", "compute.nodes must be 1: only pretrain runs on several"),
+        rule(
+            f"{_TRAINS} || self.compute.nodes == 1",
+            f"compute.nodes must be 1: only {' and '.join(_TRAINING)} run on several",
+        ),
         rule(
             f"{' || '.join(f'has(self.{kind})' for kind in _SEVERAL_RANKS)} || {_WORLD} <= self.compute.nodes",
             f"compute.ranksPerNode must be 1: only {', '.join(_SEVERAL_RANKS)} have several; leave out gpusPerNode too",
         ),
-        rule(
-            f"!has(self.pretrain) || {_WORLD} % {_REPLICA} == 0",
-            "parallelism.tensor x parallelism.pipeline must divide the ranks of the gang, compute.nodes x compute.ranksPerNode",
-        ),
-        rule(
-            f"!has(self.pretrain) || {_WORLD} % {_REPLICA} != 0 || self.pretrain.globalBatchSize % {_PER_PASS} == 0",
-            "globalBatchSize must be a multiple of microBatchSize x data ranks (ranks / tensor / pipeline)",
-        ),
-        rule(
-            "!has(self.pretrain) || self.pretrain.precision != 'fp8' || self.compute.gpusPerNode > 0",
-            "precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
-        ),
+        *(rule for kind in _TRAINING for rule in _gang_rules(kind)),
     )
 
     name: PartName
@@ -73,6 +87,8 @@ class Stage(Spec):
     """shards turns documents into token ids."""
     pretrain: Pretrain | None = None
     """pretrain trains a model from random weights."""
+    sft: Sft | None = None
+    """sft trains a model on demonstrations."""
     evaluate: Evaluate | None = None
     """evaluate measures a model."""
     export: Export | None = None
@@ -92,6 +108,11 @@ class Stage(Spec):
         assert isinstance(block, StageConfig)
         return block
 
+    @property
+    def training(self) -> Training | None:
+        """The typed block of a stage that trains; None for others."""
+        return self.config if isinstance(self.config, Training) else None
+
     @model_validator(mode="after")
     def _one_block(self) -> Self:
         blocks = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -102,11 +123,11 @@ class Stage(Spec):
 
     @model_validator(mode="after")
     def _gang_fits(self) -> Self:
-        if self.pretrain is not None:
+        if self.training is not None:
             try:
-                self._check_pretrain(self.pretrain)
+                self._check_training(self.training)
             except FieldError as error:
-                raise FieldError(f"pretrain.{error.field}", error.value, error.remedy) from error
+                raise FieldError(f"{self.kind}.{error.field}", error.value, error.remedy) from error
         elif self.compute.nodes > 1:
             raise FieldError("compute.nodes", self.compute.nodes, f"{self.kind} stages run on 1 node")
         if self.config.RUNS_AS is RunsAs.TASKS and self.compute.ranks > 1:
@@ -114,16 +135,18 @@ class Stage(Spec):
             raise FieldError(f"compute.{self.compute.ranks_field}", self.compute.ranks, remedy)
         return self
 
-    def _check_pretrain(self, pretrain: Pretrain) -> None:
-        ranks = layout(pretrain.parallelism, pretrain.model.architecture, num_ranks=self.compute.world)
-        per_pass = pretrain.micro_batch_size * ranks.data
-        if pretrain.global_batch_size % per_pass:
+    def _check_training(self, training: Training) -> None:
+        if self.pretrain is not None:
+            split_model(self.pretrain.parallelism, self.pretrain.model.architecture)
+        ranks = layout(training.parallelism, num_ranks=self.compute.world)
+        per_pass = training.micro_batch_size * ranks.data
+        if training.global_batch_size % per_pass:
             raise FieldError(
                 "globalBatchSize",
-                pretrain.global_batch_size,
-                f"must be a multiple of microBatchSize x data ranks, {pretrain.micro_batch_size} x {ranks.data} = {per_pass}",
+                training.global_batch_size,
+                f"must be a multiple of microBatchSize x data ranks, {training.micro_batch_size} x {ranks.data} = {per_pass}",
             )
-        if pretrain.precision == "fp8" and self.compute.gpus_per_node == 0:
+        if training.precision == "fp8" and self.compute.gpus_per_node == 0:
             raise FieldError(
                 "precision", "fp8", "needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16"
             )

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -40,19 +41,13 @@ def localize(run: TrainingRun, *, manifest: Path, folder: RunFolder) -> Training
     """
     base = manifest.absolute().parent
     value = run.dump()
-    for stage in value["spec"]["stages"]:
-        for source in _sources(stage):
-            source["uri"] = _absolute(source["uri"], base)
+    for stage, block in zip(run.spec.stages, value["spec"]["stages"], strict=True):
+        for (*path, last), uri in stage.config.addresses():
+            reduce(getitem, path, block[stage.kind])[last] = _absolute(uri, base)
     storage = value["spec"].setdefault("storage", {})
     storage["uri"] = _absolute(storage["uri"], base) if "uri" in storage else str(folder.artifacts)
     value["metadata"]["uid"] = folder.uid()
     return parse_run(value).model_copy(update={"status": folder.status_if_whole()})
-
-
-def _sources(stage: dict[str, Any]) -> list[dict[str, Any]]:
-    """The blocks of a stage that name files of the user's."""
-    imported = stage.get("tokenizer", {}).get("import")
-    return [*stage.get("corpus", {}).get("sources", []), *([imported] if imported else [])]
 
 
 def _absolute(uri: str, base: Path) -> str:

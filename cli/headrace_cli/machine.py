@@ -6,6 +6,7 @@ error, with which ``headrace run`` ends at once; ``headrace validate`` shows it 
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from headrace_api.people import people_bytes
+from headrace_api.plain_yaml import dotted
 from headrace_api.planning.fit import least_estimate, too_large
 from headrace_api.run import Stage, TrainingRun
 from headrace_api.stages.training import Precision
@@ -121,15 +123,17 @@ def _storage(run: TrainingRun) -> Iterator[Finding]:
 
 
 def _sources(field: str, stage: Stage) -> Iterator[Finding]:
-    named = {}
-    if stage.corpus is not None:
-        named = {f"corpus.sources[{j}].uri": source.uri for j, source in enumerate(stage.corpus.sources)}
-    elif stage.tokenizer is not None and stage.tokenizer.import_ is not None:
-        named = {"tokenizer.import.uri": stage.tokenizer.import_.uri}
-    for where, uri in named.items():
+    for where, uri in stage.config.addresses():
         path = _local_path(uri)
-        if path is not None and not path.exists():
-            yield _error(f"{field}.{where}", uri, "no such file or folder; check the path")
+        if path is not None and not path.exists() and not _fixed_part(path).is_dir():
+            yield _error(dotted((field, stage.kind, *where)), uri, "no such file or folder; check the path")
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder above the first part of a path that has a wildcard; the path itself where none has."""
+    parts = pattern.parts
+    first = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+    return Path(*parts[:first])
 
 
 def _gpu_count(field: str, stage: Stage, machine: Machine) -> Iterator[Finding]:
@@ -137,8 +141,8 @@ def _gpu_count(field: str, stage: Stage, machine: Machine) -> Iterator[Finding]:
     wanted = compute.nodes * compute.gpus_per_node
     if wanted <= there:
         return
-    if stage.pretrain is not None and stage.pretrain.precision is Precision.FP8 and there == 0:
-        yield _error(f"{field}.pretrain.precision", "fp8", "this machine has no GPU; use bf16 or fp32 here")
+    if stage.training is not None and stage.training.precision is Precision.FP8 and there == 0:
+        yield _error(f"{field}.{stage.kind}.precision", "fp8", "this machine has no GPU; use bf16 or fp32 here")
     elif there == 0:
         ranks = f"its {compute.world} ranks share the processors" if compute.world > 1 else "it takes the processors"
         yield _warning(f"{field}.compute.gpusPerNode", compute.gpus_per_node, f"this machine has no GPU; {ranks}")
@@ -161,8 +165,8 @@ def _memory(field: str, run: TrainingRun, stage: Stage, machine: Machine) -> Ite
         else f"{sharing} share this machine's {people_bytes(memory)}"
     )
     if state * sharing > memory:
-        error = too_large(f"{field}.pretrain", state, has)
+        error = too_large(f"{field}.{stage.kind}", state, has)
         yield _error(error.field, error.value, error.remedy)
     elif (state + activations) * sharing > memory:
         needs = f"state and activations take about {people_bytes(state + activations)} a rank, and {has}"
-        yield _warning(f"{field}.pretrain.microBatchSize", None, f"{needs}; lower it, or sequenceLength")
+        yield _warning(f"{field}.{stage.kind}.microBatchSize", None, f"{needs}; lower it, or sequenceLength")

@@ -36,7 +36,7 @@ def estimate_pretrain(pretrain: Pretrain, *, num_ranks: int, vocab_size: int, on
         on_gpus: whether the ranks have GPUs, whose kernels save less.
     """
     arch = pretrain.model.architecture
-    axes = layout(pretrain.parallelism, arch, num_ranks=num_ranks)
+    axes = layout(pretrain.parallelism, num_ranks=num_ranks)
     parameters = arch.num_parameters(vocab_size)
     tokens = pretrain.steps * pretrain.tokens_per_step
     batches = Batches(

@@ -5,12 +5,15 @@ from headrace_api.stages.corpus import Corpus
 from headrace_api.stages.deploy import Deploy
 from headrace_api.stages.evaluate import Evaluate
 from headrace_api.stages.export import Export
+from headrace_api.stages.finetune import Finetune
 from headrace_api.stages.pretrain import Pretrain
+from headrace_api.stages.sft import Sft
 from headrace_api.stages.shards import Shards
 from headrace_api.stages.tokenizer import Tokenizer
+from headrace_api.stages.training import Training
 
 KINDS: dict[str, type[StageConfig]] = {
-    kind.KIND: kind for kind in (Corpus, Tokenizer, Shards, Pretrain, Evaluate, Export, Deploy)
+    kind.KIND: kind for kind in (Corpus, Tokenizer, Shards, Pretrain, Sft, Evaluate, Export, Deploy)
 }
 
 __all__ = [
@@ -20,10 +23,13 @@ __all__ = [
     "Deploy",
     "Evaluate",
     "Export",
+    "Finetune",
     "Inputs",
     "Pretrain",
     "RunsAs",
+    "Sft",
     "Shards",
     "StageConfig",
     "Tokenizer",
+    "Training",
 ]

@@ -3,7 +3,7 @@
 Each neighbour file ``<kind>.py`` holds one kind's fields, defaults and checks; ``__init__`` lists them.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import Any, ClassVar, get_args
 
@@ -75,10 +75,23 @@ class StageConfig(Spec):
         block = next(a for a in (field.annotation, *get_args(field.annotation)) if _is_inputs(a))
         return {slot: (kind, not field.is_required()) for slot, kind in block.ACCEPTS.items()}
 
+    def addresses(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Place and value of every field that names files of the user's: all that are called ``uri``."""
+        yield from _addresses(self.dump(), ())
+
     def accepts(self) -> dict[str, ArtifactKind]:
         """Slot -> the kind of artifact that it takes."""
         block = getattr(self, "from_", None)
         return dict(block.ACCEPTS) if isinstance(block, Inputs) else {}
+
+
+def _addresses(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, found in inside:
+        if key == "uri":
+            yield (*path, key), found
+        else:
+            yield from _addresses(found, (*path, key))
 
 
 def _is_inputs(annotation: Any) -> bool:

@@ -252,7 +252,7 @@ def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callab
     scratch = run.folder / f"scratch-{run.attempt}{own}"
     local_rank, local_world = (0, 1) if run.nodes else (rank, world)
     ctx = StageContext(resolved=stage, scratch=scratch, rank=rank, world=world, local_rank=local_rank)
-    axes = check_layout(config.parallelism, config.model.architecture, num_ranks=world)
+    axes = check_layout(config.parallelism, num_ranks=world)
     card = describe(
         config.model.architecture,
         vocab_size=run.vocab_size,

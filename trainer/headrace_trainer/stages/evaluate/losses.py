@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from headrace_api.base import FieldError
-from headrace_api.parallelism import Layout, Parallelism, layout
+from headrace_api.parallelism import Layout, Parallelism, layout, split_model
 from headrace_trainer.engine.checkpoint.state import load_weights
 from headrace_trainer.engine.model.build import build_model
 from headrace_trainer.engine.objective import NextToken
@@ -31,7 +31,8 @@ def evaluation_layout(card: ModelCard, *, num_ranks: int) -> Layout:
         UserError: the model cannot be split so.
     """
     try:
-        return layout(Parallelism(tensor=num_ranks), card.architecture, num_ranks=num_ranks)
+        split_model(Parallelism(tensor=num_ranks), card.architecture)
+        return layout(Parallelism(tensor=num_ranks), num_ranks=num_ranks)
     except (FieldError, ValueError) as error:
         raise UserError(
             f"compute.ranksPerNode: {num_ranks}: ranks of an evaluate stage split the model: {error}"

@@ -50,7 +50,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
     assert isinstance(config, Pretrain)
     check_precision(config.precision)
     shards = ctx.input("shards")
-    axes = layout(config.parallelism, config.model.architecture, num_ranks=ctx.world)
+    axes = layout(config.parallelism, num_ranks=ctx.world)
     local_world = ctx.resolved.stage.compute.ranks
     with join_gang(
         axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=local_world, seed=ctx.resolved.seed
