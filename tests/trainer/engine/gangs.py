@@ -236,15 +236,15 @@ def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Train
 
 def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callable[[Any, Any, Any], Any]) -> Any:
     """``work(loop, context, card)`` on a rank that has joined its gang, before the first step."""
+    from headrace_trainer.engine import assembly
     from headrace_trainer.engine.optimizer import wrap_model
     from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import describe
     from headrace_trainer.stage import StageContext
-    from headrace_trainer.stages.pretrain import stage as pretrain
     from headrace_trainer.stages.pretrain.stage import build_loop
     from headrace_trainer.stages.pretrain.stage import layout as check_layout
 
-    pretrain.wrap_model = partial(wrap_model, bucket_size=run.bucket_size)  # type: ignore[attr-defined]
+    assembly.wrap_model = partial(wrap_model, bucket_size=run.bucket_size)  # type: ignore[attr-defined]
     stage = resolved(run, layout)
     config = stage.stage.pretrain
     assert config is not None

@@ -68,7 +68,8 @@ class Loop:
     host: Host
     stepper: Stepper
     training: Batches
-    validation: Batches
+    validation: Batches | None
+    """Samples that are measured and not trained on, if there are any."""
     checkpointer: Checkpointer
     state: TrainState
     start: Callable[[], None]
@@ -222,9 +223,11 @@ class Loop:
         return True
 
     def _validation_due(self) -> bool:
-        return self.step % self.config.validation.every == 0 or self.step == self.steps
+        every = self.config.validation.every
+        return self.validation is not None and (self.step % every == 0 or self.step == self.steps)
 
     def _validate(self) -> None:
+        assert self.validation is not None, "see _validation_due"
         self._report("Evaluating")
         size = min(self.config.validation.samples, self.validation.samples.num_samples)
         sums = self.gang.start_sum(self.stepper.losses(self.validation.read(0, size))).result()

@@ -43,6 +43,9 @@ class Objective(Protocol):
     METRICS: ClassVar[tuple[str, ...]]
     """What is measured besides the loss, each as a mean over what counts."""
 
+    def shape(self, micro_batch_size: int, sequence_length: int) -> tuple[int, int]:
+        """Rows, and tokens of a row, that samples of this length become in one forward pass."""
+
     def collate(self, samples: list[Any], weights: list[float], device: torch.device) -> Any:
         """Samples of one micro-batch -> tensors on ``device``; a sample of weight 0 does not count."""
 
@@ -54,6 +57,10 @@ class NextToken:
     """Predict each token from those before it: the mean negative log-likelihood over all tokens."""
 
     METRICS = ()
+
+    def shape(self, micro_batch_size: int, sequence_length: int) -> tuple[int, int]:
+        """A row for each sample."""
+        return micro_batch_size, sequence_length
 
     def collate(self, samples: list[np.ndarray], weights: list[float], device: torch.device) -> Batch:
         """Shift samples of T + 1 tokens into T inputs and T labels."""

@@ -1,35 +1,23 @@
-"""Building the parts of a pretrain stage, and what it leaves when the loop is through.
+"""The parts of a pretrain stage.
 
-In: a ``StageContext`` with token shards. Out: in ``ctx.output``, ``checkpoint/`` (weights, each rank its own files),
-``model.json``, ``history.jsonl`` and ``tokenizer/``; the final figures as metrics.
+In: a ``StageContext`` with token shards. Out: in ``ctx.output``, the model, its history and the tokenizer; the final
+figures as metrics.
 """
 
-import math
 import shutil
-import sys
 from pathlib import Path
 
-from headrace_api.artifact import resume_identity
 from headrace_api.parallelism import layout
 from headrace_api.stages import Pretrain
-from headrace_trainer.engine.batches import Batches, Samples
-from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
-from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
+from headrace_trainer.engine import assembly
+from headrace_trainer.engine.assembly import Task, final_metrics, leave_model
+from headrace_trainer.engine.batches import Samples
 from headrace_trainer.engine.loop import Loop
-from headrace_trainer.engine.model.build import build_model, check_precision
+from headrace_trainer.engine.model.build import check_precision
 from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.objective import NextToken
-from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
 from headrace_trainer.engine.parallel import Gang, join_gang
-from headrace_trainer.engine.step import Stepper
-from headrace_trainer.formats.model_card import (
-    CHECKPOINT_FOLDER,
-    HISTORY_FILE,
-    TOKENIZER_FOLDER,
-    ModelCard,
-    describe,
-    write_card,
-)
+from headrace_trainer.formats.model_card import TOKENIZER_FOLDER, ModelCard, describe
 from headrace_trainer.formats.shards.manifest import read_manifest
 from headrace_trainer.formats.shards.reader import TokenDataset
 from headrace_trainer.stage import StageContext
@@ -72,90 +60,28 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
     return final_metrics(loop, card)
 
 
-def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Samples, validation: Samples) -> Loop:
-    """Everything between the configuration and the first step.
+def build_loop(ctx: StageContext, gang: Gang, card: ModelCard, *, training: Samples, validation: Samples) -> Loop:
+    """The loop before its first step.
 
     Args:
         ctx: the stage.
-        ranks: this rank's place; process groups must exist.
+        gang: this rank's place; process groups must exist.
         card: the model.
         training: samples to train on.
         validation: samples that are held out.
     """
     config = ctx.config
     assert isinstance(config, Pretrain)
-    model = build_model(
-        card.architecture,
-        gang=ranks,
-        vocab_size=card.vocab_size,
-        sequence_length=config.sequence_length,
-        precision=config.precision,
-        fp8_recipe=config.fp8_recipe,
-    )
-    wrapped, objective = wrap_model(model), NextToken()
-    optimizer = build_optimizer(wrapped, config.optimizer, schedule=config.schedule, precision=config.precision)
-    stepper = Stepper(
-        gang=ranks,
-        model=wrapped,
-        optimizer=optimizer,
-        objective=objective,
-        sequence_length=config.sequence_length,
-        micro_batch_size=config.micro_batch_size,
-        weight_decay=config.optimizer.weight_decay,
-    )
-
-    def start() -> None:
-        fill_start_weights(model, card.architecture, seed=ctx.resolved.seed)
-        optimizer.reload_model_params()  # its fp32 weights are copies
-
-    def batches(samples: Samples) -> Batches:
-        return Batches(samples=samples, objective=objective, gang=ranks, micro_batch_size=config.micro_batch_size)
-
-    state = TrainState(model=model, optimizer=optimizer)
-    return Loop(
+    task = Task(
         config=config,
         steps=config.steps,
-        gang=ranks,
-        host=ctx,
-        stepper=stepper,
-        training=batches(training),
-        validation=batches(validation),
-        checkpointer=_checkpointer(ctx, ranks, config, state),
-        state=state,
-        start=start,
+        card=card,
+        objective=NextToken(),
+        training=training,
+        validation=validation,
+        fill=lambda model: fill_start_weights(model, card.architecture, seed=ctx.resolved.seed),
     )
-
-
-def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
-    """Write the trained model into the stage's output. Every rank calls."""
-    loop.host.report(phase="Saving")
-    folder, ranks = output / CHECKPOINT_FOLDER, loop.gang
-    if ranks.local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # ranks may have been restarted in the middle of an earlier write
-    ranks.barrier()
-    save_weights(loop.state.model, folder)
-    if ranks.is_first:
-        write_card(card, output)
-        (output / HISTORY_FILE).write_text(loop.history.dumps())
-
-
-def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
-    """The figures that a finished stage shows."""
-    metrics = {
-        "steps": float(loop.step),
-        "tokensIn": float(loop.step * loop.config.tokens_per_step),
-        "parameters": float(card.architecture.num_parameters(card.vocab_size)),
-        "skippedSteps": float(loop.history.num_left_out),
-    }
-    if (loss := loop.history.loss) is not None:
-        metrics["loss"] = loss
-    if (loss := loop.history.validation_loss) is not None:
-        metrics["validationLoss"] = loss
-        if loss < math.log(sys.float_info.max):  # a model that diverged may have a perplexity that no float holds
-            metrics["validationPerplexity"] = math.exp(loss)
-    if (speed := loop.pace.tokens_per_second) is not None:
-        metrics["tokensPerSecond"] = speed
-    return metrics
+    return assembly.build_loop(ctx, gang, task)
 
 
 def _card(config: Pretrain, shards: Path) -> ModelCard:
@@ -166,20 +92,4 @@ def _card(config: Pretrain, shards: Path) -> ModelCard:
         eod_id=manifest.eod_id,
         sequence_length=config.sequence_length,
         precision=config.precision,
-    )
-
-
-def _checkpointer(ctx: StageContext, ranks: Gang, config: Pretrain, state: TrainState) -> Checkpointer:
-    resolved = ctx.resolved
-    inputs = {slot: ref.digest for slot, ref in resolved.inputs.items()}
-    return Checkpointer(
-        state,
-        store=ctx.store,
-        scratch=ctx.scratch,
-        gang=ranks,
-        stage=resolved.stage.name,
-        identity=resume_identity(config, seed=resolved.seed, inputs=inputs),
-        attempt=resolved.attempt,
-        steps=config.steps,
-        settings=config.checkpoint,
     )
