@@ -8,7 +8,7 @@ import pytest
 
 from headrace_trainer.formats.packs import Document, Pack
 from trainer.engine.gangs import LENGTH, PP2, TP1, TP2, gang
-from trainer.engine.test_model import SHAPE, TIED, VOCAB, built
+from trainer.engine.test_model import SHAPE, VOCAB, built
 
 LENGTHS = (5, 11, 9)
 """Tokens of the documents of a pack; 7 tokens of padding are left."""
