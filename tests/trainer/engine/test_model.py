@@ -202,7 +202,7 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
     """What is said to each thing that attention cannot do."""
     import torch
 
-    from headrace_trainer.engine.device.megatron import AttnMaskType, TransformerConfig
+    from headrace_trainer.engine.device.megatron import AttnMaskType, PackedSeqParams, TransformerConfig
     from headrace_trainer.engine.model.attention import CausalAttention
 
     said = {}
@@ -213,7 +213,7 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
         settings = {"attention_dropout": 0.0, **config}
         kinds = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", **(built_with or {})}
         q = torch.ones(4, 1, 2, 8)
-        inputs = {"k_SBGD": q, "v_SBGD": q, "attention_mask": None, **(given or {})}
+        inputs = {"k": q, "v": q, "attention_mask": None, **(given or {})}
         try:
             CausalAttention(
                 TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, **settings),
@@ -227,9 +227,12 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
     attend("causal", given={"attn_mask_type": AttnMaskType.causal})
     attend("mask", given={"attention_mask": torch.zeros(1, 1, 4, 4, dtype=torch.bool)})
     attend("bias", given={"attention_bias": torch.zeros(1, 2, 4, 4)})
-    attend("packed", given={"packed_seq_params": object()})
+    ends = torch.tensor([0, 4], dtype=torch.int32)
+    attend("format", given={"packed_seq_params": PackedSeqParams(qkv_format="bshd", cu_seqlens_q=ends)})
+    spread = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_q_padded=ends)
+    attend("spread", given={"packed_seq_params": spread})
     attend("padding", given={"attn_mask_type": AttnMaskType.padding})
-    attend("cache", given={"k_SBGD": torch.ones(9, 1, 2, 8), "v_SBGD": torch.ones(9, 1, 2, 8)})
+    attend("cache", given={"k": torch.ones(9, 1, 2, 8), "v": torch.ones(9, 1, 2, 8)})
     attend("not causal", built_with={"attn_mask_type": AttnMaskType.no_mask})
     attend("cross", built_with={"attention_type": "cross"})
     attend("dropout", attention_dropout=0.1)
@@ -241,16 +244,17 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
 def test_attention_refuses_what_it_would_ignore() -> None:
     (ended,) = gang(attention_refusals, 1)
     assert ended.value == {
-        "mask": "attention with an attention mask: only plain causal attention is done here",
-        "bias": "attention with an attention bias: only plain causal attention is done here",
-        "packed": "attention with packed sequences: only plain causal attention is done here",
-        "padding": "attention with a mask of type 'padding': only plain causal attention is done here",
-        "cache": "attention with a cache of keys: only plain causal attention is done here",
-        "not causal": "attention with a mask of type 'no_mask': only plain causal attention is done here",
-        "cross": "attention with type 'cross': only plain causal attention is done here",
-        "dropout": "attention with dropout: only plain causal attention is done here",
-        "window": "attention with a window: only plain causal attention is done here",
-        "sinks": "attention with softmax_type 'off-by-one': only plain causal attention is done here",
+        "mask": "attention with an attention mask: only causal attention within sequences and documents is done here",
+        "bias": "attention with an attention bias: only causal attention within sequences and documents is done here",
+        "format": "attention with packs in the format 'bshd': only causal attention within sequences and documents is done here",
+        "spread": "attention with padding between documents: only causal attention within sequences and documents is done here",
+        "padding": "attention with a mask of type 'padding': only causal attention within sequences and documents is done here",
+        "cache": "attention with a cache of keys: only causal attention within sequences and documents is done here",
+        "not causal": "attention with a mask of type 'no_mask': only causal attention within sequences and documents is done here",
+        "cross": "attention with type 'cross': only causal attention within sequences and documents is done here",
+        "dropout": "attention with dropout: only causal attention within sequences and documents is done here",
+        "window": "attention with a window: only causal attention within sequences and documents is done here",
+        "sinks": "attention with softmax_type 'off-by-one': only causal attention within sequences and documents is done here",
     }, ended
 
 

@@ -40,11 +40,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.utils import get_attr_wrapped_model
 
 __all__ = [
     "AttnMaskType",
@@ -58,6 +60,7 @@ __all__ = [
     "MegatronOptimizer",
     "ModuleSpec",
     "OptimizerConfig",
+    "PackedSeqParams",
     "ShardedObject",
     "ShardedTensor",
     "ShardedTensorFactory",
@@ -69,6 +72,7 @@ __all__ = [
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "finalize_model_grads",
+    "get_attr_wrapped_model",
     "get_default_load_sharded_strategy",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",

@@ -33,9 +33,19 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         Returns:
             [batch, sequence].
         """
-        width = logits.size(-1)
-        first_padded = self.real_vocab_size - parallel_state.get_tensor_model_parallel_rank() * width
-        if first_padded < width:
-            logits[..., max(0, first_padded) :] = float("-inf")
-        losses: torch.Tensor = super().compute_language_model_loss(labels, logits)
+        losses: torch.Tensor = super().compute_language_model_loss(labels, hide_padding(logits, self.real_vocab_size))
         return losses
+
+
+def hide_padding(logits: torch.Tensor, real_vocab_size: int) -> torch.Tensor:
+    """Logits whose padded columns have probability 0.
+
+    Args:
+        logits: [..., this rank's part of the padded vocabulary]; overwritten.
+        real_vocab_size: tokens that exist.
+    """
+    width = logits.size(-1)
+    first_padded = real_vocab_size - parallel_state.get_tensor_model_parallel_rank() * width
+    if first_padded < width:
+        logits[..., max(0, first_padded) :] = float("-inf")
+    return logits
