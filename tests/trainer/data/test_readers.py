@@ -12,8 +12,9 @@ import pytest
 from headrace_api.run import Storage
 from headrace_api.stages.corpus import Format, Source
 from headrace_trainer.errors import UserError
+from headrace_trainer.formats.files import local_copy
 from headrace_trainer.stages.corpus.readers import read_records
-from headrace_trainer.stages.corpus.sources import find_files, format_of, local_copy
+from headrace_trainer.stages.corpus.sources import find_files, format_of
 from trainer.data.builders import html_page, prose, write_jsonl, write_warc, write_wet
 
 HTML = "text/html; charset=utf-8"

@@ -11,12 +11,13 @@ from pathlib import Path
 from headrace_api.run import Storage
 from headrace_api.stages.corpus import Corpus
 from headrace_trainer.formats.documents import Document, encode_document
+from headrace_trainer.formats.files import local_copy
 from headrace_trainer.stages.corpus.dedup import DIGEST_BYTES, text_digest
 from headrace_trainer.stages.corpus.funnel import Funnel
 from headrace_trainer.stages.corpus.language import identify
 from headrace_trainer.stages.corpus.quality import QualityJudge
 from headrace_trainer.stages.corpus.readers import read_records
-from headrace_trainer.stages.corpus.sources import SourceFile, local_copy
+from headrace_trainer.stages.corpus.sources import SourceFile
 
 _UNIT_BYTES = 4 << 20
 _LENGTH_BYTES = 8

@@ -1,21 +1,15 @@
 """Which files the sources of a corpus are, in one fixed order, and how each is read.
 
-In: the ``sources`` of a manifest. Out: ``SourceFile`` values and, for one of them, a path on this machine for
-``readers``.
+In: the ``sources`` of a manifest. Out: ``SourceFile`` values, for ``readers``.
 """
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 from headrace_api.run import Storage
 from headrace_api.stages.corpus import Format, Source
-from headrace_trainer.errors import UserError
-from headrace_trainer.storage import ObjectInfo, open_uri
+from headrace_trainer.formats.files import StoredFile, list_files, suffix_of
 
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _FORMATS = {
     ".warc": Format.WARC,
     ".wet": Format.WET,
@@ -31,28 +25,18 @@ _FORMATS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceFile:
+class SourceFile(StoredFile):
     """One file of one source."""
 
     source: int
     """The position of its source in the manifest."""
-    root: str
-    """The address that ``key`` is relative to."""
-    key: str
     format: Format
     text_field: str
-    bytes: int
-
-    @property
-    def address(self) -> str:
-        """What people call the file."""
-        return f"{self.root.rstrip('/')}/{self.key}"
 
 
 def format_of(name: str) -> Format:
     """How a file is read, by its name: compression suffixes are looked through, unknown ones mean text."""
-    suffixes = [s for s in PurePosixPath(name.lower()).suffixes if s not in COMPRESSIONS]
-    return _FORMATS.get(suffixes[-1], Format.TEXT) if suffixes else Format.TEXT
+    return _FORMATS.get(suffix_of(name), Format.TEXT)
 
 
 def find_files(sources: Sequence[Source], storage: Storage) -> list[SourceFile]:
@@ -69,53 +53,14 @@ def find_files(sources: Sequence[Source], storage: Storage) -> list[SourceFile]:
 
 
 def _files_of(index: int, source: Source, storage: Storage) -> list[SourceFile]:
-    root, objects = _listing(source.uri, storage)
-    visible = [o for o in objects if not _is_hidden(o.key)]
-    if not visible:
-        raise UserError(
-            f"corpus.sources[{index}].uri: {source.uri!r}: no file and no folder with files is there; "
-            "check the address (names that begin with . or _ are not read)"
-        )
     return [
         SourceFile(
             source=index,
-            root=root,
+            root=found.root,
             key=found.key,
             format=format_of(found.key) if source.format is Format.AUTO else source.format,
             text_field=source.text_field,
             bytes=found.bytes,
         )
-        for found in sorted(visible, key=lambda o: o.key)
+        for found in list_files(source.uri, storage, field=f"corpus.sources[{index}].uri")
     ]
-
-
-def _listing(uri: str, storage: Storage) -> tuple[str, list[ObjectInfo]]:
-    """A root and the objects below it: ``uri`` as a folder, else its parent with the one file that ``uri`` names."""
-    objects = open_uri(uri, storage).list()
-    if objects:
-        return uri, objects
-    parent, _, name = uri.rstrip("/").rpartition("/")
-    in_bucket = not uri.startswith("s3://") or parent.count("/") >= 2
-    if not name or not in_bucket:
-        return uri, []
-    parent = parent or ("/" if uri.startswith("/") else ".")
-    return parent, [o for o in open_uri(parent, storage).list(name) if o.key == name]
-
-
-def _is_hidden(key: str) -> bool:
-    """Marker files such as ``_SUCCESS`` and ``.DS_Store``, and whole folders named so."""
-    return any(part.startswith((".", "_")) for part in PurePosixPath(key).parts)
-
-
-@contextmanager
-def local_copy(file: SourceFile, storage: Storage, *, scratch: Path) -> Iterator[Path]:
-    """The file's path on this machine; a copy in ``scratch`` that is removed afterwards where it is in S3."""
-    store = open_uri(file.root, storage)
-    path = store.local_path(file.key)
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        copy = Path(folder) / PurePosixPath(file.key).name
-        store.get_file(file.key, copy)
-        yield copy

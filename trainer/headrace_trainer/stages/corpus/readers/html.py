@@ -6,7 +6,7 @@ from pathlib import Path
 
 import trafilatura
 
-from headrace_trainer.stages.corpus.readers.opening import open_bytes
+from headrace_trainer.formats.opening import open_bytes
 from headrace_trainer.stages.corpus.readers.record import Record
 from headrace_trainer.stages.corpus.sources import SourceFile
 

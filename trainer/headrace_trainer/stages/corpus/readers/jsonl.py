@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from headrace_trainer.errors import UserError
-from headrace_trainer.stages.corpus.readers.opening import decode_utf8, open_bytes
+from headrace_trainer.formats.opening import decode_utf8, open_bytes
 from headrace_trainer.stages.corpus.readers.record import Record
 from headrace_trainer.stages.corpus.sources import SourceFile
 

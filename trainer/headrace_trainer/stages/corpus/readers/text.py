@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from headrace_trainer.stages.corpus.readers.opening import decode_utf8, open_bytes
+from headrace_trainer.formats.opening import decode_utf8, open_bytes
 from headrace_trainer.stages.corpus.readers.record import Record
 from headrace_trainer.stages.corpus.sources import SourceFile
 

@@ -12,8 +12,8 @@ from warcio.exceptions import ArchiveLoadFailed
 from warcio.recordloader import ArcWarcRecord
 
 from headrace_trainer.errors import UserError
+from headrace_trainer.formats.opening import decode_utf8, open_bytes
 from headrace_trainer.stages.corpus.readers.html import main_text
-from headrace_trainer.stages.corpus.readers.opening import decode_utf8, open_bytes
 from headrace_trainer.stages.corpus.readers.record import Record
 from headrace_trainer.stages.corpus.sources import SourceFile
 
