@@ -15,9 +15,9 @@ CONTINUATION = 32
 def ask_megatron(rank: int, world: int, trained: Path) -> tuple[list[np.ndarray], list[list[int]]]:
     """Logits of the prompts, and greedy continuations by whole forward passes."""
     from headrace_api.parallelism import Layout
+    from headrace_trainer.engine.model.loading import load_model
     from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import read_card
-    from headrace_trainer.stages.evaluate.losses import load_model
 
     card = read_card(trained)
     with join_gang(Layout(tensor=world, pipeline=1, data=1), rank=rank, local_rank=rank, local_world=world) as ranks:
@@ -41,9 +41,10 @@ def ask_megatron(rank: int, world: int, trained: Path) -> tuple[list[np.ndarray]
 def megatron_loss(rank: int, world: int, trained: Path) -> float:
     """Mean token loss over fixed windows, by the evaluate stage's own functions."""
     from headrace_api.parallelism import Layout
+    from headrace_trainer.engine.model.loading import load_model
     from headrace_trainer.engine.parallel import join_gang
     from headrace_trainer.formats.model_card import read_card
-    from headrace_trainer.stages.evaluate.losses import load_model, token_losses
+    from headrace_trainer.stages.evaluate.losses import token_losses
 
     card = read_card(trained)
     with join_gang(Layout(tensor=1, pipeline=1, data=1), rank=rank) as ranks:

@@ -96,7 +96,7 @@ def best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray | None = N
     Returns:
         The bins, in the order in which they were opened; the same for the same arguments on every machine.
     """
-    assert lengths.size == 0 or 0 <= lengths.min() and lengths.max() <= capacity
+    assert lengths.size == 0 or (lengths.min() >= 0 and lengths.max() <= capacity)
     order = np.arange(len(lengths)) if order is None else order
     by_length = order[np.argsort(-lengths[order], kind="stable")]
     bin_of = np.empty(len(lengths), dtype=np.int64)
@@ -274,7 +274,9 @@ class PackOrder:
         return len(self._epoch(epoch)[0])
 
     def _pack_epoch(self, epoch: int) -> tuple[Bins, np.ndarray]:
-        taken = np.concatenate([s.units(epoch=epoch, key=f"{self._seed}:share:{i}") for i, s in enumerate(self._shares)])
+        taken = np.concatenate(
+            [s.units(epoch=epoch, key=f"{self._seed}:share:{i}") for i, s in enumerate(self._shares)]
+        )
         order = permutation(len(taken), key=f"{self._seed}:{epoch}:units")
         lengths = self._lengths[taken]
         if self._packing is Packing.NONE:

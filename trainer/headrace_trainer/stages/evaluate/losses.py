@@ -5,7 +5,6 @@ in a batch, T = sequence length, N = windows.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,12 +12,10 @@ from numpy.typing import NDArray
 
 from headrace_api.base import FieldError
 from headrace_api.parallelism import Layout, Parallelism, layout, split_model
-from headrace_trainer.engine.checkpoint.state import load_weights
-from headrace_trainer.engine.model.build import build_model
 from headrace_trainer.engine.objective import NextToken
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
-from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, ModelCard
+from headrace_trainer.formats.model_card import ModelCard
 from headrace_trainer.formats.shards.reader import TokenDataset
 
 _BATCH = 8
@@ -39,27 +36,13 @@ def evaluation_layout(card: ModelCard, *, num_ranks: int) -> Layout:
         ) from error
 
 
-def load_model(card: ModelCard, folder: Path, gang: Gang) -> torch.nn.Module:
-    """The trained model, cut for this gang whatever layout it was trained in."""
-    model = build_model(
-        card.architecture,
-        gang=gang,
-        vocab_size=card.vocab_size,
-        sequence_length=card.sequence_length,
-        precision=card.precision,
-    )
-    load_weights(model, folder / CHECKPOINT_FOLDER)
-    module: torch.nn.Module = model
-    return module.eval()
-
-
 def token_losses(
     model: torch.nn.Module, samples: TokenDataset, *, gang: Gang, num_windows: int, tell: Callable[[int], None]
 ) -> NDArray[np.float32]:
     """Negative log-likelihood of each token, in nats.
 
     Args:
-        model: from ``load_model``.
+        model: from ``engine.model.loading``.
         samples: the validation split.
         gang: this rank's place.
         num_windows: N, how many windows are read.

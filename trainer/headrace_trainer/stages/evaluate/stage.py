@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from headrace_api.stages import Evaluate
 from headrace_api.stages.evaluate import meets
+from headrace_trainer.engine.model.loading import load_model
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.model_card import HISTORY_FILE, TOKENIZER_FOLDER, ModelCard, read_card
@@ -16,7 +17,7 @@ from headrace_trainer.formats.shards.split import Split
 from headrace_trainer.formats.tokenizer import load_tokenizer
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.evaluate.curve import CURVE_FILE, draw_curve
-from headrace_trainer.stages.evaluate.losses import evaluation_layout, load_model, token_losses
+from headrace_trainer.stages.evaluate.losses import evaluation_layout, token_losses
 from headrace_trainer.stages.evaluate.measures import bits_per_byte, perplexity
 from headrace_trainer.stages.evaluate.report import choose_examples, write_report
 from headrace_trainer.stages.evaluate.unigram import unigram_losses

@@ -1,0 +1,41 @@
+"""Packs as samples: what the objectives of post-training share.
+
+In: packs of documents. Out: one row a forward pass, in which each document sees only itself.
+"""
+
+import torch
+
+from headrace_trainer.engine.packed import PackedBatch, collate
+from headrace_trainer.formats.packs import Document, Pack
+
+_MULTIPLE = 64
+"""Rows that may have any length get one of these: kernels and allocators meet fewer of them."""
+
+
+class PackedSamples:
+    """Lays the packs of a micro-batch in one row.
+
+    Args:
+        fixed: whether every row has the full length, as pipeline stages need; otherwise it ends soon after its documents.
+    """
+
+    def __init__(self, *, fixed: bool) -> None:
+        self._fixed = fixed
+        self._capacity = 0
+
+    def shape(self, micro_batch_size: int, sequence_length: int) -> tuple[int, int]:
+        """One row for all samples."""
+        self._capacity = micro_batch_size * sequence_length
+        return 1, self._capacity
+
+    def row(self, packs: list[Pack], weights: list[float], device: torch.device) -> PackedBatch:
+        """The packs whose weight is not 0; if there are none, the first one with nothing that counts."""
+        documents = [d for pack, weight in zip(packs, weights, strict=True) if weight for d in pack.documents]
+        documents = documents or [_without_loss(d) for d in packs[0].documents]
+        needed = sum(len(d) for d in documents)
+        length = self._capacity if self._fixed else min(self._capacity, -(-needed // _MULTIPLE) * _MULTIPLE)
+        return collate(Pack(documents=tuple(documents)), length=length, device=device)
+
+
+def _without_loss(document: Document) -> Document:
+    return Document(tokens=document.tokens, mask=document.mask & False)
