@@ -12,6 +12,7 @@ from headrace_api.stages import (
     KINDS,
     Corpus,
     Deploy,
+    Dpo,
     Evaluate,
     Export,
     Pretrain,
@@ -89,6 +90,8 @@ class Stage(Spec):
     """pretrain trains a model from random weights."""
     sft: Sft | None = None
     """sft trains a model on demonstrations."""
+    dpo: Dpo | None = None
+    """dpo trains a model on pairs of answers, of which one is preferred."""
     evaluate: Evaluate | None = None
     """evaluate measures a model."""
     export: Export | None = None

@@ -3,6 +3,7 @@
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig
 from headrace_api.stages.corpus import Corpus
 from headrace_api.stages.deploy import Deploy
+from headrace_api.stages.dpo import Dpo
 from headrace_api.stages.evaluate import Evaluate
 from headrace_api.stages.export import Export
 from headrace_api.stages.finetune import Finetune
@@ -13,7 +14,7 @@ from headrace_api.stages.tokenizer import Tokenizer
 from headrace_api.stages.training import Training
 
 KINDS: dict[str, type[StageConfig]] = {
-    kind.KIND: kind for kind in (Corpus, Tokenizer, Shards, Pretrain, Sft, Evaluate, Export, Deploy)
+    kind.KIND: kind for kind in (Corpus, Tokenizer, Shards, Pretrain, Sft, Dpo, Evaluate, Export, Deploy)
 }
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ArtifactKind",
     "Corpus",
     "Deploy",
+    "Dpo",
     "Evaluate",
     "Export",
     "Finetune",

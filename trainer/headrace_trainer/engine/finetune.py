@@ -1,0 +1,140 @@
+"""What the stages after pretraining do alike: the model that they start from, their records, their steps.
+
+In: a ``StageContext`` whose input is a model. Out: a ``Start``: the model's card and tokenizer with a chat template, and
+the records as units on this node; and, once the loop is through, the stage's output.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace_api.model import padded_vocab
+from headrace_api.stages import Finetune
+from headrace_trainer.engine.assembly import final_metrics, leave_model
+from headrace_trainer.engine.batches import Samples
+from headrace_trainer.engine.checkpoint.state import load_weights
+from headrace_trainer.engine.device.megatron import MegatronModule
+from headrace_trainer.engine.loop import Loop
+from headrace_trainer.engine.model.build import build_model
+from headrace_trainer.engine.model.start import fill_start_weights
+from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.errors import UserError
+from headrace_trainer.formats.chat import with_chat_template
+from headrace_trainer.formats.dataset import Dataset, write_dataset
+from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, TOKENIZER_FOLDER, ModelCard, read_card
+from headrace_trainer.formats.records import Shape
+from headrace_trainer.formats.tokenizer import load_tokenizer
+from headrace_trainer.locks import locked
+from headrace_trainer.stage import StageContext
+
+DATA_REPORT = "data.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a stage begins with."""
+
+    model: Path
+    """The artifact that it trains further."""
+    card: ModelCard
+    """Of the model that it gives: its vocabulary may have grown by the template's tokens."""
+    tokenizer: Path
+    dataset: Dataset
+
+    def build(self, gang: Gang, config: Finetune, *, seed: int) -> MegatronModule:
+        """The model as it is before training, on this gang."""
+        model = build_model(
+            self.card.architecture,
+            gang=gang,
+            vocab_size=self.card.vocab_size,
+            sequence_length=config.sequence_length,
+            precision=config.precision,
+        )
+        self.fill(model, seed=seed)
+        return model
+
+    def fill(self, model: MegatronModule, *, seed: int) -> None:
+        """Load the weights. Rows of tokens that the model did not have keep their start weights."""
+        fill_start_weights(model, self.card.architecture, seed=seed)
+        load_weights(model, self.model / CHECKPOINT_FOLDER)
+
+
+def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shape]) -> Start:
+    """Read the model's card, complete its tokenizer, and encode the records; the node's ranks share the work.
+
+    Args:
+        ctx: the stage.
+        template: the chat template; the tokenizer's own or the default one if None.
+        allowed: the shapes of records that the stage takes.
+
+    Raises:
+        UserError: the records or the template cannot be used.
+        StorageError: the model is gone.
+    """
+    config = ctx.config
+    assert isinstance(config, Finetune)
+    trained, kind = ctx.input("model"), ctx.resolved.stage.kind
+    folder, done = ctx.scratch / "data", ctx.scratch / "data.done"
+    tokenizer = folder / TOKENIZER_FOLDER
+    ctx.report(phase="Starting", message="reading the records")
+    with locked(ctx.scratch / "data.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            tokenizer.mkdir(parents=True)
+            with_chat_template(trained / TOKENIZER_FOLDER, tokenizer, template=template)
+            write_dataset(
+                config.data,
+                folder,
+                field=f"{kind}.data",
+                storage=ctx.resolved.storage,
+                tokenizer=tokenizer,
+                allowed=allowed,
+                sequence_length=config.sequence_length,
+            )
+            done.touch()
+    card = read_card(trained)
+    vocab_size = max(card.vocab_size, load_tokenizer(tokenizer).vocab_size)
+    card = card.model_copy(
+        update={
+            "vocab_size": vocab_size,
+            "padded_vocab_size": padded_vocab(vocab_size),
+            "sequence_length": max(card.sequence_length, config.sequence_length),
+            "precision": config.precision,
+        }
+    )
+    return Start(model=trained, card=card, tokenizer=tokenizer, dataset=Dataset(folder))
+
+
+def num_steps(config: Finetune, samples: Samples) -> int:
+    """Optimizer steps of all epochs.
+
+    Raises:
+        UserError: the warm-up takes as many.
+    """
+    steps = math.ceil(config.epochs * samples.num_samples / config.global_batch_size)
+    if config.schedule.warmup >= steps:
+        raise UserError(
+            f"{config.KIND}.schedule.warmup: {config.schedule.warmup}: must be below the {steps} steps that "
+            f"{config.epochs:g} epochs of {samples.num_samples:,} samples take; lower it, or raise epochs"
+        )
+    return steps
+
+
+def leave_finetuned(ctx: StageContext, loop: Loop, start: Start) -> dict[str, float]:
+    """Write the stage's output. Every rank calls.
+
+    Returns:
+        The figures that the stage ends with.
+    """
+    leave_model(ctx.output, loop, start.card)
+    if loop.gang.is_first:
+        shutil.copytree(start.tokenizer, ctx.output / TOKENIZER_FOLDER, dirs_exist_ok=True)
+        (ctx.output / DATA_REPORT).write_text(json.dumps(start.dataset.report, indent=1))
+    return final_metrics(loop, start.card) | {
+        "documents": float(len(start.dataset.train)),
+        "badRecords": float(sum(sum(s["records"]["bad"].values()) for s in start.dataset.report["sources"])),
+        "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
+    }

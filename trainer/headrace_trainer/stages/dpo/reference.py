@@ -1,0 +1,124 @@
+"""What the model that training starts from says of every document: computed once, kept in storage.
+
+In: the starting model and encoded pairs. Out: a log-probability for each document. The key in storage is made of the
+digests that it depends on, so that a later attempt, or another beta on the same pairs, finds it.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from headrace_api.stages import Dpo
+from headrace_trainer import board
+from headrace_trainer.engine.finetune import Start
+from headrace_trainer.engine.logprobs import log_probs
+from headrace_trainer.engine.packed import collate
+from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.engine.preference import ReferencedPack
+from headrace_trainer.formats.dataset import PackSamples
+from headrace_trainer.formats.encoded import EncodedUnits
+from headrace_trainer.formats.packs import Pack, Packing, PackOrder
+from headrace_trainer.stage import StageContext
+
+_AT_ONCE = 16
+"""Rows that go through the model together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """Log-probabilities of documents, summed over the labels that are trained on, in nats."""
+
+    train: np.ndarray
+    """float32 [units, 2]."""
+    validation: np.ndarray
+
+    def dumps(self) -> bytes:
+        """As bytes that ``loads`` takes."""
+        out = io.BytesIO()
+        np.savez(out, train=self.train, validation=self.validation)
+        return out.getvalue()
+
+    @classmethod
+    def loads(cls, data: bytes) -> "References":
+        """What ``dumps`` gave."""
+        found = np.load(io.BytesIO(data))
+        return cls(train=found["train"], validation=found["validation"])
+
+
+def references(ctx: StageContext, gang: Gang, start: Start) -> References:
+    """What is in storage, or else what the starting model says. Every rank calls.
+
+    Raises:
+        StorageError: storage does not answer.
+    """
+    dataset = start.dataset
+    parts = [ctx.resolved.inputs["model"].digest, dataset.train.digest, dataset.validation.digest, start.card.precision]
+    key = f"{ctx.resolved.stage.name}/reference/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.npz"
+
+    def stored() -> bytes | None:
+        return ctx.store.get_bytes(key) if ctx.store.exists(key) else None
+
+    found = gang.from_first(stored)
+    if found is None:
+        ctx.report(phase="Running", message="log-probabilities under the starting model")
+        config = ctx.config
+        assert isinstance(config, Dpo)
+        model = start.build(gang, config, seed=ctx.resolved.seed).eval()
+        made = References(
+            train=_score(model, dataset.train, gang, length=config.sequence_length),
+            validation=_score(model, dataset.validation, gang, length=config.sequence_length),
+        )
+        found = made.dumps()
+        gang.from_first(lambda: ctx.store.put_bytes(key, found))
+    kept = ctx.output / "reference" / Path(key).name
+    if gang.is_first:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(found)
+    return References.loads(found)
+
+
+def _score(model: torch.nn.Module, units: EncodedUnits, gang: Gang, *, length: int) -> np.ndarray:
+    """Log-probabilities of both documents of each unit, float32 [units, 2]; replicas share the work."""
+    scores = np.zeros((len(units), 2), dtype=np.float32)
+    if not len(units):
+        return scores
+    order = PackOrder(units.lengths, capacity=length, seed=0, packing=Packing.BEST_FIT)
+    mine = range(gang.data_rank, order.packs_per_epoch, gang.layout.data)
+    for some in _batched(mine, _AT_ONCE):
+        numbers = [order.units(i) for i in some]
+        packs = [Pack(documents=tuple(d for u in row for d in units.unit(int(u)))) for row in numbers]
+        rows = [collate(pack, length=length, device=gang.device) for pack in packs]
+        for row, found_T, row_units in zip(rows, log_probs(model, rows), numbers, strict=True):
+            scores[row_units] = row.sums(found_T[None] * row.mask_1T).reshape(-1, 2).cpu().numpy()
+        board.beat()
+    parts = gang.gather(scores if gang.tensor_rank == 0 and gang.is_first_stage else None)
+    return np.sum([part for part in parts if part is not None], axis=0, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class ReferencedSamples:
+    """Packs of pairs with the log-probabilities of their documents, as the loop's ``Samples``."""
+
+    packs: PackSamples
+    reference: np.ndarray
+    """float32 [units, 2]."""
+
+    @property
+    def num_samples(self) -> int:
+        """Packs in an epoch."""
+        return self.packs.num_samples
+
+    def sample(self, index: int) -> ReferencedPack:
+        """Pack ``index`` of the run."""
+        units = self.packs.packs.order.units(index)
+        return ReferencedPack(pack=self.packs.sample(index), reference=self.reference[units].reshape(-1))
+
+
+def _batched(numbers: range, size: int) -> Iterator[range]:
+    return (numbers[i : i + size] for i in range(0, len(numbers), size))
