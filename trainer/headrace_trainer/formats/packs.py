@@ -7,7 +7,8 @@ state of the data. Next: ``engine.packed`` makes tensors of a ``Pack``.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -96,7 +97,7 @@ def best_fit(lengths: np.ndarray, *, capacity: int, order: np.ndarray | None = N
     Returns:
         The bins, in the order in which they were opened; the same for the same arguments on every machine.
     """
-    assert lengths.size == 0 or 0 <= lengths.min() and lengths.max() <= capacity
+    assert lengths.size == 0 or (lengths.min() >= 0 and lengths.max() <= capacity)
     order = np.arange(len(lengths)) if order is None else order
     by_length = order[np.argsort(-lengths[order], kind="stable")]
     bin_of = np.empty(len(lengths), dtype=np.int64)
@@ -111,7 +112,7 @@ def _runs(values: np.ndarray) -> Iterator[slice]:
     """Where equal neighbours stand."""
     if len(values):
         edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-        yield from (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+        yield from (slice(a, b) for a, b in itertools.pairwise(edges))
 
 
 def _as_bins(bin_of: np.ndarray, units: np.ndarray, *, num_bins: int) -> Bins:
@@ -274,7 +275,9 @@ class PackOrder:
         return len(self._epoch(epoch)[0])
 
     def _pack_epoch(self, epoch: int) -> tuple[Bins, np.ndarray]:
-        taken = np.concatenate([s.units(epoch=epoch, key=f"{self._seed}:share:{i}") for i, s in enumerate(self._shares)])
+        taken = np.concatenate(
+            [s.units(epoch=epoch, key=f"{self._seed}:share:{i}") for i, s in enumerate(self._shares)]
+        )
         order = permutation(len(taken), key=f"{self._seed}:{epoch}:units")
         lengths = self._lengths[taken]
         if self._packing is Packing.NONE:
@@ -283,16 +286,3 @@ class PackOrder:
             bins = best_fit(lengths, capacity=self._capacity, order=order)
         bins = Bins(units=taken[bins.units], starts=bins.starts)
         return bins, permutation(len(bins), key=f"{self._seed}:{epoch}:packs")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Packs:
-    """The packs of a run with their tokens."""
-
-    unit: Callable[[int], Unit]
-    """A unit by its number."""
-    order: PackOrder
-
-    def pack(self, index: int) -> Pack:
-        """Pack ``index`` of the run."""
-        return Pack(documents=tuple(d for u in self.order.units(index) for d in self.unit(int(u))))
