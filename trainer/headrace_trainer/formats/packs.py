@@ -7,7 +7,8 @@ state of the data. Next: ``engine.packed`` makes tensors of a ``Pack``.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -111,7 +112,7 @@ def _runs(values: np.ndarray) -> Iterator[slice]:
     """Where equal neighbours stand."""
     if len(values):
         edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-        yield from (slice(a, b) for a, b in zip(edges, edges[1:], strict=False))
+        yield from (slice(a, b) for a, b in itertools.pairwise(edges))
 
 
 def _as_bins(bin_of: np.ndarray, units: np.ndarray, *, num_bins: int) -> Bins:
@@ -285,16 +286,3 @@ class PackOrder:
             bins = best_fit(lengths, capacity=self._capacity, order=order)
         bins = Bins(units=taken[bins.units], starts=bins.starts)
         return bins, permutation(len(bins), key=f"{self._seed}:{epoch}:packs")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Packs:
-    """The packs of a run with their tokens."""
-
-    unit: Callable[[int], Unit]
-    """A unit by its number."""
-    order: PackOrder
-
-    def pack(self, index: int) -> Pack:
-        """Pack ``index`` of the run."""
-        return Pack(documents=tuple(d for u in self.order.units(index) for d in self.unit(int(u))))
