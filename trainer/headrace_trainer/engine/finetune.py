@@ -22,15 +22,17 @@ from headrace_trainer.engine.model.build import build_model
 from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
-from headrace_trainer.formats.chat import with_chat_template
-from headrace_trainer.formats.dataset import Dataset, write_dataset
+from headrace_trainer.formats.chat import Encoder, with_chat_template
+from headrace_trainer.formats.chat.tokens import load
+from headrace_trainer.formats.dataset import Dataset, load_dataset
 from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, TOKENIZER_FOLDER, ModelCard, read_card
+from headrace_trainer.formats.preview import preview
 from headrace_trainer.formats.records import Shape
 from headrace_trainer.formats.tokenizer import load_tokenizer
 from headrace_trainer.locks import locked
 from headrace_trainer.stage import StageContext
 
-DATA_REPORT = "data.json"
+DATA_REPORT, EXAMPLES = "data.json", "examples.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +87,16 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
             shutil.rmtree(folder, ignore_errors=True)
             tokenizer.mkdir(parents=True)
             with_chat_template(trained / TOKENIZER_FOLDER, tokenizer, template=template)
-            write_dataset(
+            dataset = load_dataset(
                 config.data,
-                folder,
-                field=f"{kind}.data",
-                storage=ctx.resolved.storage,
-                tokenizer=tokenizer,
+                name=f"{kind}.data",
                 allowed=allowed,
-                sequence_length=config.sequence_length,
+                encoder=Encoder(tokenizer, sequence_length=config.sequence_length),
+                storage=ctx.resolved.storage,
+                folder=folder,
+                stop_requested=ctx.stop_requested,
             )
+            dataset.save(folder)
             done.touch()
     card = read_card(trained)
     vocab_size = max(card.vocab_size, load_tokenizer(tokenizer).vocab_size)
@@ -105,7 +108,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
             "precision": config.precision,
         }
     )
-    return Start(model=trained, card=card, tokenizer=tokenizer, dataset=Dataset(folder))
+    return Start(model=trained, card=card, tokenizer=tokenizer, dataset=Dataset.open(folder))
 
 
 def num_steps(config: Finetune, samples: Samples) -> int:
@@ -133,8 +136,9 @@ def leave_finetuned(ctx: StageContext, loop: Loop, start: Start) -> dict[str, fl
     if loop.gang.is_first:
         shutil.copytree(start.tokenizer, ctx.output / TOKENIZER_FOLDER, dirs_exist_ok=True)
         (ctx.output / DATA_REPORT).write_text(json.dumps(start.dataset.report, indent=1))
+        (ctx.output / EXAMPLES).write_text(preview(start.dataset.train, load(start.tokenizer)))
     return final_metrics(loop, start.card) | {
         "documents": float(len(start.dataset.train)),
-        "badRecords": float(sum(sum(s["records"]["bad"].values()) for s in start.dataset.report["sources"])),
+        "badRecords": float(sum(sum(s["bad"].values()) for s in start.dataset.report["sources"])),
         "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
     }

@@ -6,7 +6,9 @@ In: packs of documents. Out: one row a forward pass, in which each document sees
 import torch
 
 from headrace_trainer.engine.packed import PackedBatch, collate
-from headrace_trainer.formats.packs import Document, Pack
+from headrace_trainer.formats.dataset import Dataset
+from headrace_trainer.formats.packs import Document, Pack, Packing, PackOrder
+from headrace_trainer.formats.units import Units
 
 _MULTIPLE = 64
 """Rows that may have any length get one of these: kernels and allocators meet fewer of them."""
@@ -39,3 +41,41 @@ class PackedSamples:
 
 def _without_loss(document: Document) -> Document:
     return Document(tokens=document.tokens, mask=document.mask & False)
+
+
+class PackSamples:
+    """The packs of all epochs, as the loop's ``Samples``.
+
+    Args:
+        units: what is packed.
+        order: which units each pack has.
+    """
+
+    def __init__(self, units: Units, order: PackOrder) -> None:
+        self.units, self.order = units, order
+        self.num_samples = order.packs_per_epoch
+
+    def sample(self, index: int) -> Pack:
+        """Pack ``index`` of the run."""
+        return self.units.pack(self.order.units(index))
+
+
+def training_packs(dataset: Dataset, *, capacity: int, seed: int, packing: Packing) -> PackSamples:
+    """The packs of all epochs.
+
+    Args:
+        dataset: the stage's.
+        capacity: tokens of a pack.
+        seed: the run's.
+        packing: how many units a pack has.
+    """
+    order = PackOrder(dataset.train.lengths, capacity=capacity, seed=seed, packing=packing, shares=dataset.shares)
+    return PackSamples(dataset.train, order)
+
+
+def validation_packs(dataset: Dataset, *, capacity: int, packing: Packing) -> PackSamples | None:
+    """The held-out units, always in the same packs; None if there are none."""
+    if dataset.validation is None:
+        return None
+    order = PackOrder(dataset.validation.lengths, capacity=capacity, seed=0, packing=packing)
+    return PackSamples(dataset.validation, order)

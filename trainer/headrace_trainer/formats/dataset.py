@@ -23,6 +23,7 @@ from headrace_trainer.formats.packs import Share, unit_length
 from headrace_trainer.formats.records import Record, RecordSource, Shape, Tally, find_source, read_records
 from headrace_trainer.formats.units import Units, UnitWriter
 
+_NOTE = "dataset.json"
 _ASK_EVERY = 1000
 """Records between two looks at whether to stop."""
 
@@ -37,6 +38,27 @@ class Dataset:
     validation: Units | None
     report: dict[str, Any]
     """What was read, left out, cut and kept, by source."""
+
+    @property
+    def digest(self) -> str:
+        """Of what is trained on, and how often."""
+        return f"{self.train.digest} {[share.weight for share in self.shares]}"
+
+    def save(self, folder: Path) -> None:
+        """Complete the folder, so that other processes can open it."""
+        note = {"shares": [dataclasses.asdict(share) for share in self.shares], "report": self.report}
+        (folder / _NOTE).write_bytes(orjson.dumps(note | {"validation": self.validation is not None}))
+
+    @classmethod
+    def open(cls, folder: Path) -> "Dataset":
+        """What ``save`` completed."""
+        note = orjson.loads((folder / _NOTE).read_bytes())
+        return cls(
+            train=Units(folder / "train"),
+            shares=tuple(Share(**share) for share in note["shares"]),
+            validation=Units(folder / "validation") if note["validation"] else None,
+            report=note["report"],
+        )
 
 
 @dataclass(kw_only=True)

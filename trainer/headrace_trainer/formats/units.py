@@ -4,6 +4,8 @@
 the units that ``PackOrder`` puts into it.
 """
 
+import functools
+import hashlib
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,6 +92,14 @@ class Units:
     def pack(self, numbers: Iterable[int]) -> Pack:
         """These units as a pack."""
         return Pack(documents=tuple(document for number in numbers for document in self[int(number)]))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hex digest of everything that the units hold."""
+        digest = hashlib.sha256()
+        for part in (self._tokens, self._mask, self._offsets, self._documents, self._labels, self._margins):
+            digest.update(hashlib.sha256(np.ascontiguousarray(part).data).digest())
+        return digest.hexdigest()
 
     @property
     def num_trained(self) -> int:

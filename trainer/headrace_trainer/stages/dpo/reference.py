@@ -19,11 +19,11 @@ from headrace_trainer import board
 from headrace_trainer.engine.finetune import Start
 from headrace_trainer.engine.logprobs import log_probs
 from headrace_trainer.engine.packed import collate
+from headrace_trainer.engine.packs import PackSamples
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.preference import ReferencedPack
-from headrace_trainer.formats.dataset import PackSamples
-from headrace_trainer.formats.encoded import EncodedUnits
-from headrace_trainer.formats.packs import Pack, Packing, PackOrder
+from headrace_trainer.formats.packs import Packing, PackOrder
+from headrace_trainer.formats.units import Units
 from headrace_trainer.stage import StageContext
 
 _AT_ONCE = 16
@@ -58,7 +58,9 @@ def references(ctx: StageContext, gang: Gang, start: Start) -> References:
         StorageError: storage does not answer.
     """
     dataset = start.dataset
-    parts = [ctx.resolved.inputs["model"].digest, dataset.train.digest, dataset.validation.digest, start.card.precision]
+    held_out = dataset.validation
+    digests = [dataset.train.digest, held_out.digest if held_out is not None else None]
+    parts = [ctx.resolved.inputs["model"].digest, *digests, start.card.precision]
     key = f"{ctx.resolved.stage.name}/reference/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.npz"
 
     def stored() -> bytes | None:
@@ -72,7 +74,7 @@ def references(ctx: StageContext, gang: Gang, start: Start) -> References:
         model = start.build(gang, config, seed=ctx.resolved.seed).eval()
         made = References(
             train=_score(model, dataset.train, gang, length=config.sequence_length),
-            validation=_score(model, dataset.validation, gang, length=config.sequence_length),
+            validation=_score(model, held_out, gang, length=config.sequence_length),
         )
         found = made.dumps()
         gang.from_first(lambda: ctx.store.put_bytes(key, found))
@@ -83,17 +85,16 @@ def references(ctx: StageContext, gang: Gang, start: Start) -> References:
     return References.loads(found)
 
 
-def _score(model: torch.nn.Module, units: EncodedUnits, gang: Gang, *, length: int) -> np.ndarray:
+def _score(model: torch.nn.Module, units: Units | None, gang: Gang, *, length: int) -> np.ndarray:
     """Log-probabilities of both documents of each unit, float32 [units, 2]; replicas share the work."""
+    if units is None:
+        return np.zeros((0, 2), dtype=np.float32)
     scores = np.zeros((len(units), 2), dtype=np.float32)
-    if not len(units):
-        return scores
     order = PackOrder(units.lengths, capacity=length, seed=0, packing=Packing.BEST_FIT)
     mine = range(gang.data_rank, order.packs_per_epoch, gang.layout.data)
     for some in _batched(mine, _AT_ONCE):
         numbers = [order.units(i) for i in some]
-        packs = [Pack(documents=tuple(d for u in row for d in units.unit(int(u)))) for row in numbers]
-        rows = [collate(pack, length=length, device=gang.device) for pack in packs]
+        rows = [collate(units.pack(row), length=length, device=gang.device) for row in numbers]
         for row, found_T, row_units in zip(rows, log_probs(model, rows), numbers, strict=True):
             scores[row_units] = row.sums(found_T[None] * row.mask_1T).reshape(-1, 2).cpu().numpy()
         board.beat()
@@ -116,7 +117,7 @@ class ReferencedSamples:
 
     def sample(self, index: int) -> ReferencedPack:
         """Pack ``index`` of the run."""
-        units = self.packs.packs.order.units(index)
+        units = self.packs.order.units(index)
         return ReferencedPack(pack=self.packs.sample(index), reference=self.reference[units].reshape(-1))
 
 

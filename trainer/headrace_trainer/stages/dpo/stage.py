@@ -11,9 +11,9 @@ from headrace_trainer.engine.finetune import Start, leave_finetuned, num_steps, 
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.losses import Preference
 from headrace_trainer.engine.model.build import check_precision
+from headrace_trainer.engine.packs import training_packs, validation_packs
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.engine.preference import PairPreference
-from headrace_trainer.formats.dataset import training_packs, validation_packs
 from headrace_trainer.formats.packs import Packing
 from headrace_trainer.formats.records import PAIR_SHAPES
 from headrace_trainer.stage import StageContext

@@ -10,9 +10,9 @@ from headrace_trainer.engine.assembly import Task, build_loop
 from headrace_trainer.engine.finetune import Start, leave_finetuned, num_steps, prepare
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import check_precision
+from headrace_trainer.engine.packs import training_packs, validation_packs
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.engine.supervised import Supervised
-from headrace_trainer.formats.dataset import training_packs, validation_packs
 from headrace_trainer.formats.packs import Packing
 from headrace_trainer.formats.records import SFT_SHAPES
 from headrace_trainer.stage import StageContext
