@@ -106,6 +106,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
             "padded_vocab_size": padded_vocab(vocab_size),
             "sequence_length": max(card.sequence_length, config.sequence_length),
             "precision": config.precision,
+            "stop_ids": tuple(Encoder(tokenizer, sequence_length=config.sequence_length).stop_ids()),
         }
     )
     return Start(model=trained, card=card, tokenizer=tokenizer, dataset=Dataset.open(folder))

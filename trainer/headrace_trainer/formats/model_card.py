@@ -23,6 +23,8 @@ class ModelCard(Spec):
     """paddedVocabSize is the number of rows of the embedding and output matrices."""
     eod_id: int
     """eodId is the token that ends a document."""
+    stop_ids: tuple[int, ...] = ()
+    """stopIds are the tokens that end an answer, where the model was trained to give answers."""
     sequence_length: int
     """sequenceLength is the number of tokens that the model was trained to see at once."""
     precision: Precision

@@ -59,6 +59,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], card: ModelCard,
     """Weights, in several files with an index where they are large, and the two configurations."""
     save_torch_state_dict(tensors, folder, max_shard_size=_LARGEST_FILE)
     llama_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
-    ids = {"bos_token_id": card.eod_id, "eos_token_id": card.eod_id, "pad_token_id": card.eod_id}
+    stops = [*card.stop_ids] or card.eod_id
+    ids = {"bos_token_id": card.eod_id, "eos_token_id": stops, "pad_token_id": card.eod_id}
     generation: Any = GenerationConfig
     generation(**ids, **_SAMPLING).save_pretrained(folder)
