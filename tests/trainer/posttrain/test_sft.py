@@ -19,12 +19,12 @@ def conversations(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     draw = random.Random(seed)
     out = []
     for _ in range(count):
-        word = draw.choice(WORDS)
+        one, other = draw.choices(WORDS, k=2)
         out.append(
             {
                 "messages": [
-                    {"role": "user", "content": f"Spell {word}"},
-                    {"role": "assistant", "content": " ".join(word)},
+                    {"role": "user", "content": f"Spell {one} and {other}"},
+                    {"role": "assistant", "content": f"{' '.join(one)}, {' '.join(other)}"},
                 ]
             }
         )
