@@ -225,13 +225,16 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
 
     attend("plain")
     attend("causal", given={"attn_mask_type": AttnMaskType.causal})
-    attend("mask", given={"attention_mask": torch.zeros(1, 1, 4, 4, dtype=torch.bool)})
     attend("bias", given={"attention_bias": torch.zeros(1, 2, 4, 4)})
     ends = torch.tensor([0, 4], dtype=torch.int32)
     attend("format", given={"packed_seq_params": PackedSeqParams(qkv_format="bshd", cu_seqlens_q=ends)})
     spread = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_q_padded=ends)
     attend("spread", given={"packed_seq_params": spread})
+    documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends)
+    hidden = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    attend("masked pack", given={"packed_seq_params": documents, "attention_mask": hidden})
     attend("padding", given={"attn_mask_type": AttnMaskType.padding})
+    attend("all keys", given={"attn_mask_type": AttnMaskType.no_mask})
     attend("cache", given={"k": torch.ones(9, 1, 2, 8), "v": torch.ones(9, 1, 2, 8)})
     attend("not causal", built_with={"attn_mask_type": AttnMaskType.no_mask})
     attend("cross", built_with={"attention_type": "cross"})
@@ -244,17 +247,18 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
 def test_attention_refuses_what_it_would_ignore() -> None:
     (ended,) = gang(attention_refusals, 1)
     assert ended.value == {
-        "mask": "attention with an attention mask: only causal attention within sequences and documents is done here",
-        "bias": "attention with an attention bias: only causal attention within sequences and documents is done here",
-        "format": "attention with packs in the format 'bshd': only causal attention within sequences and documents is done here",
-        "spread": "attention with padding between documents: only causal attention within sequences and documents is done here",
-        "padding": "attention with a mask of type 'padding': only causal attention within sequences and documents is done here",
-        "cache": "attention with a cache of keys: only causal attention within sequences and documents is done here",
-        "not causal": "attention with a mask of type 'no_mask': only causal attention within sequences and documents is done here",
-        "cross": "attention with type 'cross': only causal attention within sequences and documents is done here",
-        "dropout": "attention with dropout: only causal attention within sequences and documents is done here",
-        "window": "attention with a window: only causal attention within sequences and documents is done here",
-        "sinks": "attention with softmax_type 'off-by-one': only causal attention within sequences and documents is done here",
+        "bias": "attention with an attention bias: that is not done here",
+        "format": "attention with packs in the format 'bshd': that is not done here",
+        "spread": "attention with padding between documents: that is not done here",
+        "masked pack": "attention with a mask over packs: that is not done here",
+        "all keys": "attention with a mask of type 'no_mask': that is not done here",
+        "padding": "attention with a mask of type 'padding': that is not done here",
+        "cache": "attention with several queries after cached keys: that is not done here",
+        "not causal": "attention with a mask of type 'no_mask': that is not done here",
+        "cross": "attention with type 'cross': that is not done here",
+        "dropout": "attention with dropout: that is not done here",
+        "window": "attention with a window: that is not done here",
+        "sinks": "attention with softmax_type 'off-by-one': that is not done here",
     }, ended
 
 

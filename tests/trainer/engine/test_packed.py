@@ -44,19 +44,18 @@ def losses_and_gradients(rank: int, world: int, layout: dict[str, int]) -> dict[
     with built(rank, layout, SHAPE) as (ranks, model):
         batches = [collate(pack, length=LENGTH, device=ranks.device) for pack in packs()]
         found = forward_passes(model, batches, nll, shape=(LENGTH,))
-        step = gradient_step(ranks, model, batches, MaskedNll())
+        step = gradient_step(stepper_of(ranks, model, MaskedNll()), batches)
         return {"losses": found.tolist(), **step}
 
 
-def gradient_step(ranks: Any, model: Any, batches: list[Any], objective: Any) -> dict[str, Any]:
-    """Gradients of a global batch of packs, by the stepper that trains."""
+def stepper_of(ranks: Any, model: Any, objective: Any) -> Any:
+    """What trains a model on packs."""
     from headrace_api.stages.pretrain import Optimizer, Precision, Schedule
-    from headrace_trainer.engine.batches import GlobalBatch
     from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
     from headrace_trainer.engine.step import Stepper
 
     wrapped = wrap_model(model)
-    stepper = Stepper(
+    return Stepper(
         gang=ranks,
         model=wrapped,
         optimizer=build_optimizer(wrapped, Optimizer(), schedule=Schedule(), precision=Precision.FP32),
@@ -65,8 +64,14 @@ def gradient_step(ranks: Any, model: Any, batches: list[Any], objective: Any) ->
         micro_batch_size=1,
         weight_decay=0.0,
     )
+
+
+def gradient_step(stepper: Any, batches: list[Any]) -> dict[str, Any]:
+    """The loss of a global batch of packs, its divisor, and the norm of its gradient."""
+    from headrace_trainer.engine.batches import GlobalBatch
+
     sums = stepper.gradients(GlobalBatch(num_micro_batches=len(batches), micro_batches=iter(batches)))
-    return {"sums": ranks.sum(sums.tolist()[:2]), "norm": stepper.gradient_norm()}
+    return {"sums": stepper.gang.sum(sums.tolist()[:2]), "norm": stepper.gradient_norm()}
 
 
 class MaskedNll:
@@ -161,40 +166,48 @@ def test_losses_and_gradients_of_packs_are_the_same_under_every_layout() -> None
             assert e.value["norm"] == pytest.approx(one.value["norm"], rel=1e-5)
 
 
-def collated() -> Any:
+def collated(rank: int, world: int) -> dict[str, Any]:
+    """A small pack, collated; and what is said of packs that do not fit."""
     import torch
 
     from headrace_trainer.engine.packed import collate
+
+    def refusal(*lengths: int) -> str:
+        with pytest.raises(ValueError) as said:
+            collate(Pack(documents=tuple(document(1, n) for n in lengths)), length=7, device=torch.device("cpu"))
+        return str(said.value)
 
     first = Document(tokens=np.array([5, 6, 7]), mask=np.array([True, False, True]))
     second = Document(tokens=np.array([8, 9]), mask=np.array([True, True]))
-    return collate(Pack(documents=(first, second)), length=7, device=torch.device("cpu"))
+    batch = collate(Pack(documents=(first, second)), length=7, device=torch.device("cpu"))
+    values_1T = torch.tensor([[1.0, 2, 4, 8, 16, 32, 64]])
+    return {
+        "tokens": batch.tokens_1T.tolist(),
+        "labels": batch.labels_1T.tolist(),
+        "mask": batch.mask_1T.tolist(),
+        "documents": batch.documents_T.tolist(),
+        "begins": (batch.cu_seqlens.dtype, batch.cu_seqlens.tolist()),
+        "sizes": (batch.num_documents, batch.longest),
+        "sums": batch.sums(values_1T).tolist(),
+        "lasts": batch.lasts(values_1T).tolist(),
+        "too long": refusal(4, 4),
+        "empty": refusal(0, 3),
+    }
 
 
 def test_labels_are_the_next_tokens_of_the_same_document() -> None:
-    batch = collated()
-    assert batch.tokens_1T.tolist() == [[5, 6, 7, 8, 9, 0, 0]]
-    assert batch.labels_1T.tolist() == [[6, 7, 0, 9, 0, 0, 0]]
-    assert batch.mask_1T.tolist() == [[0, 1, 0, 1, 0, 0, 0]]
-    assert batch.documents_T.tolist() == [0, 0, 0, 1, 1, 2, 2]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5, 7]
-    assert (batch.num_documents, batch.longest) == (2, 3)
-    assert str(batch.cu_seqlens.dtype) == "torch.int32"
-
-
-def test_values_of_a_row_are_summed_and_picked_by_document() -> None:
     import torch
 
-    batch, values = collated(), torch.tensor([[1.0, 2, 4, 8, 16, 32, 64]])
-    assert batch.sums(values).tolist() == [7, 24]
-    assert batch.lasts(values).tolist() == [4, 16]
-
-
-@pytest.mark.parametrize("lengths", [(4, 4), (0, 3)])
-def test_a_pack_that_does_not_fit_is_refused(lengths: tuple[int, ...]) -> None:
-    import torch
-
-    from headrace_trainer.engine.packed import collate
-
-    with pytest.raises(ValueError, match="does not fill 7 tokens"):
-        collate(Pack(documents=tuple(document(1, n) for n in lengths)), length=7, device=torch.device("cpu"))
+    (ended,) = gang(collated, 1)
+    assert ended.value == {
+        "tokens": [[5, 6, 7, 8, 9, 0, 0]],
+        "labels": [[6, 7, 0, 9, 0, 0, 0]],
+        "mask": [[0, 1, 0, 1, 0, 0, 0]],
+        "documents": [0, 0, 0, 1, 1, 2, 2],
+        "begins": (torch.int32, [0, 3, 5, 7]),
+        "sizes": (2, 3),
+        "sums": [7, 24],
+        "lasts": [4, 16],
+        "too long": "a pack of documents of [4, 4] tokens does not fit into 7 tokens: leave out empty ones, cut long ones",
+        "empty": "a pack of documents of [0, 3] tokens does not fit into 7 tokens: leave out empty ones, cut long ones",
+    }, ended

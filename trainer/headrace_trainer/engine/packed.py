@@ -78,7 +78,9 @@ def collate(pack: Pack, *, length: int, device: torch.device) -> PackedBatch:
     lengths = [len(document.tokens) for document in pack.documents]
     padding = length - sum(lengths)
     if padding < 0 or 0 in lengths:
-        raise ValueError(f"a pack of documents of {lengths} tokens does not fill {length} tokens")
+        raise ValueError(
+            f"a pack of documents of {lengths} tokens does not fit into {length} tokens: leave out empty ones, cut long ones"
+        )
     rows = [_row(document) for document in pack.documents]
     rows += [np.zeros((3, padding), np.int64)] * (padding > 0)
     lengths += [padding] * (padding > 0)

@@ -32,6 +32,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.inference.contexts.static_context import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -43,9 +44,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_attr_wrapped_model
 
 __all__ = [
@@ -61,9 +64,11 @@ __all__ = [
     "ModuleSpec",
     "OptimizerConfig",
     "PackedSeqParams",
+    "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
     "ShardedTensorFactory",
+    "StaticInferenceContext",
     "StrictHandling",
     "TorchDistLoadShardedStrategy",
     "TorchDistSaveShardedStrategy",
@@ -78,6 +83,7 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
+    "make_sharded_tensors_for_checkpoint",
     "nested_values",
     "parallel_state",
     "tensor_parallel",

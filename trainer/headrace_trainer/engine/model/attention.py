@@ -69,10 +69,11 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
 
         Args:
             q: [S, B, H, D], or [T, H, D] of a pack.
-            k: [S, B, G, D], or [T, G, D].
+            k: [keys, B, G, D], or [T, G, D].
             v: as ``k``.
-            attention_mask: none.
-            attn_mask_type: causal, or what the layer was built with if None.
+            attention_mask: [B, 1, queries, keys], True where a key is hidden, later ones included; what a causal mask
+                hides if None.
+            attn_mask_type: causal, or none for one query that comes after cached keys.
             attention_bias: none.
             packed_seq_params: where the documents of a pack begin; q, k and v are of a pack if given.
 
@@ -80,16 +81,21 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
             [S, B, H x D], or [T, H, D].
 
         Raises:
-            NotImplementedError: a mask, a bias, packs in another format, or keys of more positions than queries.
+            NotImplementedError: a bias, another mask type, packs in another format or with a mask, or several queries
+                after cached keys without a mask.
         """
-        _refuse("an attention mask", attention_mask is not None)
         _refuse("an attention bias", attention_bias is not None)
-        _refuse_mask_type(attn_mask_type or AttnMaskType.causal)
-        # torch lines the first query up with the first key, which is wrong for queries that come after cached keys.
-        _refuse("a cache of keys", q.size(0) != k.size(0))
         if packed_seq_params is not None:
+            _refuse("a mask over packs", attention_mask is not None)
+            _refuse_mask_type(attn_mask_type or AttnMaskType.causal)
             return self._within_documents(q, k, v, _lengths(packed_seq_params))
-        mixed_BHSD = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+        # torch lines the first query up with the first key, which is wrong for queries that come after cached keys.
+        # One query, the newest, sees every key, which needs no mask; Megatron says so by its type.
+        num_queries, num_keys = q.size(0), k.size(0)
+        _refuse("several queries after cached keys", attention_mask is None and 1 < num_queries < num_keys)
+        if num_queries > 1 and attention_mask is None:
+            _refuse_mask_type(attn_mask_type or AttnMaskType.causal)
+        mixed_BHSD = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), hidden=attention_mask)
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
 
     def _within_documents(
@@ -100,9 +106,22 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         mixed_HTD = torch.cat([self._attend(*(x[None] for x in document))[0] for document in documents], dim=1)
         return mixed_HTD.transpose(0, 1)
 
-    def _attend(self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self,
+        q_BHSD: torch.Tensor,
+        k_BGSD: torch.Tensor,
+        v_BGSD: torch.Tensor,
+        *,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return functional.scaled_dot_product_attention(
-            q_BHSD, k_BGSD, v_BGSD, is_causal=True, scale=self.scale, enable_gqa=q_BHSD.size(1) != k_BGSD.size(1)
+            q_BHSD,
+            k_BGSD,
+            v_BGSD,
+            attn_mask=None if hidden is None else ~hidden,
+            is_causal=hidden is None and q_BHSD.size(2) == k_BGSD.size(2),
+            scale=self.scale,
+            enable_gqa=q_BHSD.size(1) != k_BGSD.size(1),
         )
 
 
@@ -120,6 +139,4 @@ def _refuse_mask_type(kind: AttnMaskType) -> None:
 
 def _refuse(what: str, is_asked_for: bool) -> None:
     if is_asked_for:
-        raise NotImplementedError(
-            f"attention with {what}: only causal attention within sequences and documents is done here"
-        )
+        raise NotImplementedError(f"attention with {what}: that is not done here")

@@ -4,6 +4,7 @@ In: dimensions, a precision, the rank's place in the gang. Out: a ``LanguageMode
 ``start`` fills them, or a checkpoint does. ``engine.optimizer`` wraps it for training, ``evaluate`` uses it as it is.
 """
 
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -23,8 +24,18 @@ from headrace_trainer.engine.device.megatron import (
 )
 from headrace_trainer.engine.model.attention import CausalAttention
 from headrace_trainer.engine.model.language_model import LanguageModel
+from headrace_trainer.engine.model.scalar_head import ScalarHead
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
+
+
+class Head(Enum):
+    """What the last stage says of each token."""
+
+    LANGUAGE_MODEL = auto()
+    """Logits of the next one."""
+    SCALAR = auto()
+    """One number: a reward, or a value."""
 
 
 def build_model(
@@ -35,6 +46,7 @@ def build_model(
     sequence_length: int,
     precision: Precision,
     fp8_recipe: Fp8Recipe | None = None,
+    head: Head = Head.LANGUAGE_MODEL,
 ) -> MegatronModule:
     """Build this rank's part of the model, on its device, in its precision; what is in its weights is undefined.
 
@@ -45,6 +57,7 @@ def build_model(
         sequence_length: tokens in a sample.
         precision: number format of the weights and matrix multiplications.
         fp8_recipe: where scales come from, if the precision is fp8; tensorwise if None.
+        head: what the last stage gives; without labels, logits [B, S, V / tensor ranks] or numbers [B, S, 1].
 
     Raises:
         UserError: fp8 without a GPU and Transformer Engine.
@@ -65,10 +78,12 @@ def build_model(
         max_sequence_length=sequence_length,
         position_embedding_type="rope",
         rotary_base=architecture.rope_base,
-        share_embeddings_and_output_weights=architecture.tie_embeddings,
+        share_embeddings_and_output_weights=architecture.tie_embeddings and head is Head.LANGUAGE_MODEL,
         pre_process=gang.is_first_stage,
         post_process=gang.is_last_stage,
     )
+    if head is Head.SCALAR and gang.is_last_stage:
+        model.output_layer = ScalarHead(config)
     _mark_replicated_parameters(model)
     model = model.to(gang.device)
     return model if precision is Precision.FP32 else Float16Module(config, model)

@@ -15,6 +15,7 @@ import torch
 
 from headrace_api.model import Architecture
 from headrace_trainer.engine.device.megatron import MegatronModule, ShardedTensor, apply_factories, nested_values
+from headrace_trainer.engine.model.scalar_head import HEAD_KEY, head_std
 
 _RESIDUAL_OUTPUTS = ("linear_proj", "linear_fc2")
 _TILE_ROWS, _TILE_COLUMNS = 256, 512
@@ -26,7 +27,7 @@ def fill_start_weights(model: MegatronModule, architecture: Architecture, *, see
     """Fill every parameter of ``model`` in place.
 
     Norms start at 1, matrices are normal with ``init_std``; those that write to the residual stream are scaled down by
-    the root of twice the number of layers (GPT-2, section 2.3 of its report).
+    the root of twice the number of layers (GPT-2, section 2.3 of its report). A scalar head has a width of its own.
     """
     for shard in _shards(model):
         if "norm" in shard.key:
@@ -44,6 +45,8 @@ def _shards(model: MegatronModule) -> Iterator[ShardedTensor]:
 
 
 def _std(key: str, architecture: Architecture) -> float:
+    if key == HEAD_KEY:
+        return head_std(architecture.hidden_size)
     if any(name in key for name in _RESIDUAL_OUTPUTS):
         return architecture.init_std / math.sqrt(2 * architecture.layers)
     return architecture.init_std
