@@ -16,6 +16,7 @@ from headrace_api.stages import (
     Evaluate,
     Export,
     Pretrain,
+    Reward,
     RunsAs,
     Sft,
     Shards,
@@ -90,6 +91,8 @@ class Stage(Spec):
     """pretrain trains a model from random weights."""
     sft: Sft | None = None
     """sft trains a model on demonstrations."""
+    reward: Reward | None = None
+    """reward trains a model that scores answers."""
     dpo: Dpo | None = None
     """dpo trains a model on pairs of answers, of which one is preferred."""
     evaluate: Evaluate | None = None

@@ -21,6 +21,8 @@ class ArtifactKind(StrEnum):
     """Token ids: Megatron .bin/.idx pairs, a manifest and the tokenizer."""
     CHECKPOINT = "checkpoint"
     """A Megatron torch_dist checkpoint of a model, with its architecture and tokenizer."""
+    REWARD = "reward"
+    """A Megatron torch_dist checkpoint of a model with a scalar head, with its architecture and tokenizer."""
     EVALUATION = "evaluation"
     """Scores and the report that explains them."""
     HUGGINGFACE = "huggingface"

@@ -15,6 +15,8 @@ TEMPERATURE = 0.7
 class Mixed:
     """Log-probabilities and entropies, each of which has a gradient of its own."""
 
+    METRICS = ()
+
     def forward(self, model: Any, batch: Any) -> tuple[Any, Callable[[Any], Any]]:
         import torch
 
@@ -26,7 +28,7 @@ class Mixed:
         def loss(output: Any) -> Loss:
             found = scores(output)
             total = ((0.5 * found.entropy_1T - found.log_probs_1T) * batch.mask_1T).sum()
-            return Loss(total=total, num_tokens=batch.mask_1T.sum().to(torch.int32))
+            return Loss(total=total, count=batch.mask_1T.sum().to(torch.int32))
 
         return output, loss
 

@@ -77,6 +77,8 @@ def gradient_step(stepper: Any, batches: list[Any]) -> dict[str, Any]:
 class MaskedNll:
     """What fine-tuning minimizes."""
 
+    METRICS = ()
+
     def forward(self, model: Any, batch: Any) -> tuple[Any, Callable[[Any], Any]]:
         import torch
 
@@ -85,7 +87,7 @@ class MaskedNll:
 
         def loss(losses_1T: Any) -> Loss:
             total, count = supervised(-losses_1T, batch.mask_1T)
-            return Loss(total=total, num_tokens=count.to(torch.int32))
+            return Loss(total=total, count=count.to(torch.int32))
 
         return batch.run(model, labels=batch.labels_1T), loss
 

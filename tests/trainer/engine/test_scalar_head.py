@@ -46,7 +46,7 @@ class Regression:
         def loss(output: Any) -> Loss:
             assert output.dtype == torch.float32
             errors = batch.lasts(output[..., 0]) - 1
-            return Loss(total=errors.square().sum(), num_tokens=torch.tensor(batch.num_documents, dtype=torch.int32))
+            return Loss(total=errors.square().sum(), count=torch.tensor(batch.num_documents, dtype=torch.int32))
 
         return batch.run(model), loss
 

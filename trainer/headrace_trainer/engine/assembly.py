@@ -19,7 +19,7 @@ from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.loop import Loop
-from headrace_trainer.engine.model.build import build_model
+from headrace_trainer.engine.model.build import Head, build_model
 from headrace_trainer.engine.objective import Objective
 from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
 from headrace_trainer.engine.parallel import Gang
@@ -38,6 +38,7 @@ class Task:
     objective: Objective
     training: Samples
     validation: Samples | None
+    head: Head = Head.LANGUAGE_MODEL
     fill: Callable[[MegatronModule], None]
     """Sets the weights that the model starts with."""
     data: str = ""
@@ -60,6 +61,7 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
         sequence_length=config.sequence_length,
         precision=config.precision,
         fp8_recipe=config.fp8_recipe,
+        head=task.head,
     )
     wrapped = wrap_model(model)
     optimizer = build_optimizer(wrapped, config.optimizer, schedule=config.schedule, precision=config.precision)

@@ -18,7 +18,8 @@ from headrace_trainer.engine.batches import Samples
 from headrace_trainer.engine.checkpoint.state import load_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.loop import Loop
-from headrace_trainer.engine.model.build import build_model
+from headrace_trainer.engine.model.build import Head, build_model
+from headrace_trainer.engine.model.scalar_head import load_language_model
 from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
@@ -58,10 +59,11 @@ class Start:
         self.fill(model, seed=seed)
         return model
 
-    def fill(self, model: MegatronModule, *, seed: int) -> None:
-        """Load the weights. Rows of tokens that the model did not have keep their start weights."""
+    def fill(self, model: MegatronModule, *, seed: int, head: Head = Head.LANGUAGE_MODEL) -> None:
+        """Load the weights. Rows of tokens that the model did not have keep their start weights, and so does a new head."""
         fill_start_weights(model, self.card.architecture, seed=seed)
-        load_weights(model, self.model / CHECKPOINT_FOLDER)
+        load = load_weights if head is Head.LANGUAGE_MODEL else load_language_model
+        load(model, self.model / CHECKPOINT_FOLDER)
 
 
 def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shape]) -> Start:

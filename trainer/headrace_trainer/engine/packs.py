@@ -3,13 +3,20 @@
 In: packs of documents. Out: one row a forward pass, in which each document sees only itself.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
+from headrace_trainer import board
 from headrace_trainer.engine.packed import PackedBatch, collate
+from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.formats.dataset import Dataset
 from headrace_trainer.formats.packs import Document, Pack, Packing, PackOrder
 from headrace_trainer.formats.units import Units
 
+_AT_ONCE = 16
+"""Rows that go through a model together, where nothing is trained."""
 _MULTIPLE = 64
 """Rows that may have any length get one of these: kernels and allocators meet fewer of them."""
 
@@ -79,3 +86,36 @@ def validation_packs(dataset: Dataset, *, capacity: int, packing: Packing) -> Pa
         return None
     order = PackOrder(dataset.validation.lengths, capacity=capacity, seed=0, packing=packing)
     return PackSamples(dataset.validation, order)
+
+
+def values_of_pairs(
+    units: Units | None,
+    gang: Gang,
+    *,
+    length: int,
+    values: Callable[[list[PackedBatch]], list[torch.Tensor]],
+) -> np.ndarray:
+    """A number for both documents of each pair; replicas share the work. Every rank calls.
+
+    Args:
+        units: pairs; none if None.
+        gang: this rank's place.
+        length: tokens of a row.
+        values: rows -> [D] of each, the same on every rank of the replica.
+
+    Returns:
+        float32 [units, 2], the same on every rank.
+    """
+    found = np.zeros((0 if units is None else len(units), 2), dtype=np.float32)
+    if units is None:
+        return found
+    order = PackOrder(units.lengths, capacity=length, seed=0, packing=Packing.BEST_FIT)
+    mine = range(gang.data_rank, order.packs_per_epoch, gang.layout.data)
+    for first in range(0, len(mine), _AT_ONCE):
+        numbers = [order.units(i) for i in mine[first : first + _AT_ONCE]]
+        rows = [collate(units.pack(row), length=length, device=gang.device) for row in numbers]
+        for row, value_D in zip(numbers, values(rows), strict=True):
+            found[row] = value_D.reshape(-1, 2).cpu().numpy()
+        board.beat()
+    parts = gang.gather(found if gang.tensor_rank == 0 and gang.is_first_stage else None)
+    return np.sum([part for part in parts if part is not None], axis=0, dtype=np.float32)

@@ -7,7 +7,6 @@ digests that it depends on, so that a later attempt, or another beta on the same
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +14,13 @@ import numpy as np
 import torch
 
 from headrace_api.stages import Dpo
-from headrace_trainer import board
 from headrace_trainer.engine.finetune import Start
 from headrace_trainer.engine.logprobs import log_probs
-from headrace_trainer.engine.packed import collate
-from headrace_trainer.engine.packs import PackSamples
+from headrace_trainer.engine.packed import PackedBatch
+from headrace_trainer.engine.packs import PackSamples, values_of_pairs
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.preference import ReferencedPack
-from headrace_trainer.formats.packs import Packing, PackOrder
-from headrace_trainer.formats.units import Units
 from headrace_trainer.stage import StageContext
-
-_AT_ONCE = 16
-"""Rows that go through the model together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +65,15 @@ def references(ctx: StageContext, gang: Gang, start: Start) -> References:
         config = ctx.config
         assert isinstance(config, Dpo)
         model = start.build(gang, config, seed=ctx.resolved.seed).eval()
+
+        def summed(rows: list[PackedBatch]) -> list[torch.Tensor]:
+            found = log_probs(model, rows)
+            return [row.sums(row_T[None] * row.mask_1T) for row, row_T in zip(rows, found, strict=True)]
+
+        length = config.sequence_length
         made = References(
-            train=_score(model, dataset.train, gang, length=config.sequence_length),
-            validation=_score(model, held_out, gang, length=config.sequence_length),
+            train=values_of_pairs(dataset.train, gang, length=length, values=summed),
+            validation=values_of_pairs(held_out, gang, length=length, values=summed),
         )
         found = made.dumps()
         gang.from_first(lambda: ctx.store.put_bytes(key, found))
@@ -83,23 +82,6 @@ def references(ctx: StageContext, gang: Gang, start: Start) -> References:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(found)
     return References.loads(found)
-
-
-def _score(model: torch.nn.Module, units: Units | None, gang: Gang, *, length: int) -> np.ndarray:
-    """Log-probabilities of both documents of each unit, float32 [units, 2]; replicas share the work."""
-    if units is None:
-        return np.zeros((0, 2), dtype=np.float32)
-    scores = np.zeros((len(units), 2), dtype=np.float32)
-    order = PackOrder(units.lengths, capacity=length, seed=0, packing=Packing.BEST_FIT)
-    mine = range(gang.data_rank, order.packs_per_epoch, gang.layout.data)
-    for some in _batched(mine, _AT_ONCE):
-        numbers = [order.units(i) for i in some]
-        rows = [collate(units.pack(row), length=length, device=gang.device) for row in numbers]
-        for row, found_T, row_units in zip(rows, log_probs(model, rows), numbers, strict=True):
-            scores[row_units] = row.sums(found_T[None] * row.mask_1T).reshape(-1, 2).cpu().numpy()
-        board.beat()
-    parts = gang.gather(scores if gang.tensor_rank == 0 and gang.is_first_stage else None)
-    return np.sum([part for part in parts if part is not None], axis=0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -119,7 +101,3 @@ class ReferencedSamples:
         """Pack ``index`` of the run."""
         units = self.packs.order.units(index)
         return ReferencedPack(pack=self.packs.sample(index), reference=self.reference[units].reshape(-1))
-
-
-def _batched(numbers: range, size: int) -> Iterator[range]:
-    return (numbers[i : i + size] for i in range(0, len(numbers), size))
