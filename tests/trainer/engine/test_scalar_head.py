@@ -13,7 +13,7 @@ from trainer.engine.test_packed import gradient_step, packs, stepper_of
 
 
 def scalar_model(ranks: Any, *, seed: int, architecture: Architecture = SHAPE) -> Any:
-    from headrace_api.stages.pretrain import Precision
+    from headrace_api.stages.training import Precision
     from headrace_trainer.engine.model.build import Head, build_model
     from headrace_trainer.engine.model.start import fill_start_weights
 
@@ -118,7 +118,7 @@ def bf16_score(rank: int, world: int) -> str:
     import torch
 
     from headrace_api.parallelism import Layout
-    from headrace_api.stages.pretrain import Precision
+    from headrace_api.stages.training import Precision
     from headrace_trainer.engine.model.build import Head, build_model
     from headrace_trainer.engine.model.start import fill_start_weights
     from headrace_trainer.engine.packed import collate

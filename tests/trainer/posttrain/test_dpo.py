@@ -70,7 +70,7 @@ def undisturbed(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[di
 def test_it_begins_at_ln_2_and_ends_with_the_preferred_side(undisturbed: list[dict[str, Any]]) -> None:
     assert undisturbed[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert undisturbed[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert sum(r["rewards/accuracies"] for r in undisturbed[-5:]) / 5 > 0.9
+    assert sum(r["rewards/accuracies"] for r in undisturbed[-5:]) / 5 > 0.8
     assert sum(r["loss"] for r in undisturbed[-5:]) / 5 < 0.5
     assert undisturbed[-1]["validation_rewards/accuracies"] > 0.8
 

@@ -21,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return pretrained(tmp_path_factory.mktemp("base"))
 
 
-def reward(base: Base, folder: Path, layout: dict[str, int] = TP1, *, attempt: int = 1) -> ResolvedStage:
+def reward(base: Base, folder: Path, layout: dict[str, int] = TP1, *, attempt: int = 1, **fields: Any) -> ResolvedStage:
     data = write_records(folder / "pairs.jsonl", pairs(160))
     block = {
         "from": {"model": "base"},
@@ -34,7 +34,7 @@ def reward(base: Base, folder: Path, layout: dict[str, int] = TP1, *, attempt: i
         "schedule": {"learningRate": 2e-3, "warmup": 2, "decay": "constant"},
         "checkpoint": {"every": 4},
         "parallelism": {"tensor": layout["tensor"], "pipeline": layout["pipeline"]},
-    }
+    } | fields
     return resolved(
         base.storage.model_copy(update={"uri": str(folder / "storage")}),
         "rm",
@@ -67,12 +67,14 @@ def test_it_learns_to_score_and_says_how_well(one_rank: tuple[Path, list[dict[st
     assert "scores higher in" in (folder / "storage/rm/reward.md").read_text()
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2, DP2], ids=["TP2", "PP2", "DP2"])
-def test_losses_do_not_depend_on_the_layout(
-    base: Base, tmp_path: Path, one_rank: tuple[Path, list[dict[str, Any]]], layout: dict[str, int]
-) -> None:
-    records = trained(reward(base, tmp_path, layout), tmp_path)
-    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in one_rank[1]], abs=1e-5, rel=0)
+def test_losses_do_not_depend_on_the_layout(base: Base, tmp_path: Path) -> None:
+    """At a rate at which Adam does not make a difference in the last digit large."""
+    slow = {"schedule": {"learningRate": 3e-4, "warmup": 2}}
+    found = {}
+    for name, layout in {"one": TP1, "TP2": TP2, "PP2": PP2, "DP2": DP2}.items():
+        found[name] = [r["loss"] for r in trained(reward(base, tmp_path / name, layout, **slow), tmp_path / name)]
+        assert found[name] == pytest.approx(found["one"], abs=1e-5, rel=0), name
+    assert found["one"][-1] < found["one"][0]
 
 
 def test_a_killed_stage_goes_on_bit_for_bit(base: Base, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ they are longer.
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def _calibration(margins: np.ndarray) -> list[Calibrated]:
     # The probability of the side that the model prefers (arXiv 2203.02155, eq. 1), whichever it is.
     probabilities, edges = 1 / (1 + np.exp(-np.abs(margins.astype(np.float64)))), np.linspace(0.5, 1, _BINS + 1)
     found = []
-    for least, most in zip(edges, edges[1:], strict=False):
+    for least, most in pairwise(edges):
         inside = (probabilities >= least) & ((probabilities < most) | (most == 1))
         count = int(inside.sum())
         predicted = float(probabilities[inside].mean()) if count else 0.0
