@@ -118,9 +118,9 @@ def test_sessions_that_ranks_made_end_with_the_pod(pods, script):
 @pytest.mark.parametrize("victim", ["agent", "launcher", "agent, then launcher"])
 def test_nothing_is_left_whoever_is_killed(pods, victim):
     attempt = pods({"*": [["leave_a_session"], STEPS]})
-    attempt.wait_for(lambda: attempt.done() > 3)
+    # Agent, launcher, two ranks, and the session of each.
+    attempt.wait_for(lambda: attempt.done() > 3 and len(attempt.everything()) == 6)
     launcher = attempt.launcher()
-    assert len(attempt.everything()) == 6, "agent, launcher, two ranks, two sessions"
     for name in victim.split(", then "):
         (launcher if name == "launcher" else attempt.agent).send_signal(signal.SIGKILL)
     if victim == "agent, then launcher":

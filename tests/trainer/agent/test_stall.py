@@ -34,7 +34,7 @@ def test_ranks_that_are_held_by_a_signal(pods, held):
         stop(attempt.rank(rank))
     outcome = stalled(attempt)
     assert outcome.rank == held[0]
-    assert outcome.step > 20
+    assert outcome.step > 0
     assert (
         f"rank {held[0]} hangs, and is held by a signal: phase Running, {outcome.step} steps done, silent for 2 s"
         in (outcome.message)

@@ -238,6 +238,7 @@ class Loop:
         if self.checkpointer.is_saving:
             self._report("Saving")
             self.saved = self.checkpointer.finish()
+            self._report("Saving")
             self.pace.restart()
 
     def _report(self, phase: str) -> None:
