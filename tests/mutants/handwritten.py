@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant(
         name="a status that lost a race is ignored",
         file="operator/headrace_operator/body/apply.py",
-        before='            await self._look_again(raw)\n            raise Retry(f"the run changed while it was looked at: {error.message}") from error\n',
+        before='            await self._look_again(raw)\n            raise Retry(f"the run changed during the reconcile: {error.message}") from error\n',
         after="            return\n",
         tests=("tests/operator/test_real_writes.py",),
     ),

@@ -451,7 +451,7 @@ def test_a_slow_start_waits_and_says_why(deployment: Any, pods: list[PodRecord],
 
 def test_a_roll_over_says_who_answers_meanwhile() -> None:
     (attempt,) = observe(make_deployment(available=True, updated=1, old=2, size=2))
-    assert attempt.missing == "1 of 2 servers are made; meanwhile 2 of an earlier attempt answer"
+    assert attempt.missing == "1 of 2 servers created; 2 of an earlier attempt still running"
 
 
 def test_pods_of_an_earlier_attempt_of_a_service_are_another_attempt() -> None:
