@@ -122,7 +122,7 @@ def test_ask_reaches_this_runs_server_wherever_it_is_and_no_other(headrace):
     try:
         dead = headrace("ask", "small", "The function")
         assert dead.code == 1
-        assert f"no server of it is running; start it with headrace run {headrace.folder / 'run.yaml'}" in dead.err
+        assert f"no server is running; start it with headrace run {headrace.folder / 'run.yaml'}" in dead.err
         seen = json.loads(headrace("status", "small", "-o", "json").out)
         assert (seen["summary"], seen.get("endpoint")) == ("Interrupted", None)
         headrace.manifest(*STAGES, restartPolicy={"maxInfraRestarts": 1})
@@ -188,4 +188,4 @@ def test_init_writes_a_manifest_that_is_valid(headrace):
     assert headrace("validate", "new.yaml").code == 0
     again = subprocess.run([HEADRACE, "init", "new.yaml"], cwd=headrace.folder, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "new.yaml: exists; name another file" in again.stderr
+    assert "new.yaml: already exists; name another file" in again.stderr
