@@ -293,9 +293,9 @@ def test_the_newest_checkpoint_is_remembered_across_attempts():
 def test_events_tell_of_transitions_only():
     it = body("corpus")
     assert [e.reason for e in it.last.events] == ["AttemptStarted"]
-    it.end(failed(FaultClass.PROCESS, message="rank 1 was ended by SIGKILL"))
+    it.end(failed(FaultClass.PROCESS, message="rank 1 was killed by SIGKILL"))
     assert [e.reason for e in it.last.events] == ["AttemptFailed", "AttemptStarted"]
-    assert "rank 1 was ended by SIGKILL" in it.last.events[0].message
+    assert "rank 1 was killed by SIGKILL" in it.last.events[0].message
     it.step()
     assert it.last.events == ()
     it.end(succeeded("c", documentsOut=12))

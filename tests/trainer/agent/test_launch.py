@@ -48,7 +48,7 @@ def test_a_task_has_a_python_of_its_own(pods):
             FaultClass.PROCESS,
             "RankKilled",
             1,
-            "rank 1 was ended by SIGKILL",
+            "rank 1 was killed by SIGKILL",
             ExitCode.PROCESS,
         ),
         (
@@ -56,7 +56,7 @@ def test_a_task_has_a_python_of_its_own(pods):
             FaultClass.PROCESS,
             "RankKilled",
             1,
-            "rank 1 was ended by SIGSEGV",
+            "rank 1 was killed by SIGSEGV",
             ExitCode.PROCESS,
         ),
         (
@@ -64,7 +64,7 @@ def test_a_task_has_a_python_of_its_own(pods):
             FaultClass.PROCESS,
             "RanksFailed",
             0,
-            "rank 0 ended with exit code 3 without a word; see the log",
+            "rank 0 exited with code 3 and left no outcome; see the log",
             ExitCode.PROCESS,
         ),
         (
@@ -130,7 +130,7 @@ def test_nothing_is_left_whoever_is_killed(pods, victim):
     attempt.wait_for(lambda: attempt.everything() == [])
     if victim == "launcher":
         outcome = attempt.end()
-        assert (outcome.reason, outcome.message) == ("RankKilled", "the launcher of the ranks was ended by SIGKILL")
+        assert (outcome.reason, outcome.message) == ("RankKilled", "the launcher was killed by SIGKILL")
 
 
 def test_an_agent_that_is_killed_while_ranks_are_imported_leaves_nothing(pods):

@@ -63,7 +63,7 @@ def test_an_engine_that_is_killed_is_named_with_the_signal(tmp_path):
     engine = start("import time; time.sleep(600)", tmp_path)
     engine.check()
     os.kill(engine.pid, signal.SIGKILL)
-    assert "was ended by SIGKILL; if nobody did that, it may have run out of memory" in str(wait_until_dead(engine))
+    assert "was killed by SIGKILL; if nobody did that, it may have run out of memory" in str(wait_until_dead(engine))
 
 
 def test_long_logs_leave_room_for_what_happened(tmp_path):
