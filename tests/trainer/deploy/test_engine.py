@@ -55,7 +55,7 @@ def wait_for_output(capfd, word: str) -> str:
 def test_an_engine_that_ends_is_named_with_its_code_and_last_words(tmp_path):
     engine = start("print('first'); print('no such device'); raise SystemExit(3)", tmp_path)
     message = str(wait_until_dead(engine))
-    assert f"(process {engine.pid}) ended with exit code 3" in message
+    assert f"(process {engine.pid}) exited with code 3" in message
     assert message.endswith("first\nno such device")
 
 

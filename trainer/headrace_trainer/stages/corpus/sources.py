@@ -1,7 +1,6 @@
-"""Which files the sources of a corpus are, in one fixed order, and how each is read.
+"""List the files of a corpus' sources, in a fixed order, and how to read each.
 
-In: the ``sources`` of a manifest. Out: ``SourceFile`` values and, for one of them, a path on this machine for
-``readers``.
+In: the manifest's ``sources``. Out: ``SourceFile`` values and, for each, a local path for ``readers``.
 """
 
 import tempfile
@@ -21,7 +20,7 @@ _FORMATS = {
     ".wet": Format.WET,
     ".jsonl": Format.JSONL,
     ".ndjson": Format.JSONL,
-    # Public corpora name JSON lines so; a file that is one JSON value over many lines fails loudly at its first line.
+    # Public corpora use .json for JSON lines. A single JSON value spread over lines fails loudly at its first line.
     ".json": Format.JSONL,
     ".parquet": Format.PARQUET,
     ".html": Format.HTML,
@@ -35,9 +34,9 @@ class SourceFile:
     """One file of one source."""
 
     source: int
-    """The position of its source in the manifest."""
+    """Index of its source in the manifest."""
     root: str
-    """The address that ``key`` is relative to."""
+    """The URI that ``key`` is relative to."""
     key: str
     format: Format
     text_field: str
@@ -45,25 +44,25 @@ class SourceFile:
 
     @property
     def address(self) -> str:
-        """What people call the file."""
+        """The file's name for people."""
         return f"{self.root.rstrip('/')}/{self.key}"
 
 
 def format_of(name: str) -> Format:
-    """How a file is read, by its name: compression suffixes are looked through, unknown ones mean text."""
+    """The format implied by a file's name: compression suffixes are ignored; unknown ones mean text."""
     suffixes = [s for s in PurePosixPath(name.lower()).suffixes if s not in COMPRESSIONS]
     return _FORMATS.get(suffixes[-1], Format.TEXT) if suffixes else Format.TEXT
 
 
 def find_files(sources: Sequence[Source], storage: Storage) -> list[SourceFile]:
-    """Every file of every source: sources as listed, files by name.
+    """Every file of every source: sources in the manifest's order, files by name.
 
     Args:
         sources: the manifest's list.
-        storage: names the S3 endpoint and region.
+        storage: the S3 endpoint and region.
 
     Raises:
-        UserError: a source has no file.
+        UserError: a source has no files.
     """
     return [file for i, source in enumerate(sources) for file in _files_of(i, source, storage)]
 
@@ -73,8 +72,8 @@ def _files_of(index: int, source: Source, storage: Storage) -> list[SourceFile]:
     visible = [o for o in objects if not _is_hidden(o.key)]
     if not visible:
         raise UserError(
-            f"corpus.sources[{index}].uri: {source.uri!r}: no file and no folder with files is there; "
-            "check the address (names that begin with . or _ are not read)"
+            f"corpus.sources[{index}].uri: {source.uri!r}: no file, and no folder with files; "
+            "check the address (names that start with . or _ are ignored)"
         )
     return [
         SourceFile(
@@ -90,7 +89,7 @@ def _files_of(index: int, source: Source, storage: Storage) -> list[SourceFile]:
 
 
 def _listing(uri: str, storage: Storage) -> tuple[str, list[ObjectInfo]]:
-    """A root and the objects below it: ``uri`` as a folder, else its parent with the one file that ``uri`` names."""
+    """A root and the objects below it: ``uri`` as a folder, else its parent with just the file that ``uri`` names."""
     objects = open_uri(uri, storage).list()
     if objects:
         return uri, objects
@@ -103,13 +102,13 @@ def _listing(uri: str, storage: Storage) -> tuple[str, list[ObjectInfo]]:
 
 
 def _is_hidden(key: str) -> bool:
-    """Marker files such as ``_SUCCESS`` and ``.DS_Store``, and whole folders named so."""
+    """Marker files such as ``_SUCCESS`` and ``.DS_Store``, and anything in folders named like them."""
     return any(part.startswith((".", "_")) for part in PurePosixPath(key).parts)
 
 
 @contextmanager
 def local_copy(file: SourceFile, storage: Storage, *, scratch: Path) -> Iterator[Path]:
-    """The file's path on this machine; a copy in ``scratch`` that is removed afterwards where it is in S3."""
+    """The file's local path. A file in S3 is copied to ``scratch``, and removed afterwards."""
     store = open_uri(file.root, storage)
     path = store.local_path(file.key)
     if path is not None:

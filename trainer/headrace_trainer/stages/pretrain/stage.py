@@ -1,7 +1,7 @@
-"""Building the parts of a pretrain stage, and what it leaves when the loop is through.
+"""Build the components of a pretrain stage, run the loop, and write the trained model.
 
-In: a ``StageContext`` with token shards. Out: in ``ctx.output``, ``checkpoint/`` (weights, each rank its own files),
-``model.json``, ``history.jsonl`` and ``tokenizer/``; the final figures as metrics.
+In: a ``StageContext`` with token shards. Out, in ``ctx.output``: ``checkpoint/`` (weights, each rank's in its own
+files), ``model.json``, ``history.jsonl`` and ``tokenizer/``; the final figures as metrics.
 """
 
 import math
@@ -36,15 +36,15 @@ from headrace_trainer.stage import StageContext
 
 
 def run_pretrain(ctx: StageContext) -> dict[str, float]:
-    """Train a model on the shards of the stage. Every rank of the gang calls.
+    """Train a model on the stage's shards. Every rank of the gang calls it.
 
     Returns:
         The final training loss, validation loss and throughput.
 
     Raises:
         UserError: bad configuration or data.
-        StorageError: storage failed, or no committed checkpoint is whole.
-        Stopped: asked to stop; a checkpoint is committed.
+        StorageError: storage failed, or no committed checkpoint is intact.
+        Stopped: on request, after a checkpoint was committed.
     """
     config = ctx.config
     assert isinstance(config, Pretrain)
@@ -60,7 +60,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
             ctx,
             ranks,
             card,
-            # The files were verified when the input was fetched.
+            # Already verified when the input was fetched.
             training=TokenDataset(shards, "train", config.sequence_length, ctx.resolved.seed, verify=False),
             validation=TokenDataset(shards, "validation", config.sequence_length, ctx.resolved.seed, verify=False),
         )
@@ -73,14 +73,14 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
 
 
 def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Samples, validation: Samples) -> Loop:
-    """Everything between the configuration and the first step.
+    """Build everything that the loop needs.
 
     Args:
         ctx: the stage.
         ranks: this rank's place; process groups must exist.
         card: the model.
-        training: samples to train on.
-        validation: samples that are held out.
+        training: training samples.
+        validation: held-out samples.
     """
     config = ctx.config
     assert isinstance(config, Pretrain)
@@ -126,11 +126,11 @@ def build_loop(ctx: StageContext, ranks: Gang, card: ModelCard, *, training: Sam
 
 
 def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
-    """Write the trained model into the stage's output. Every rank calls."""
+    """Write the trained model to the stage's output. Every rank calls it."""
     loop.host.report(phase="Saving")
     folder, ranks = output / CHECKPOINT_FOLDER, loop.gang
     if ranks.local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # ranks may have been restarted in the middle of an earlier write
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier write may have been interrupted
     ranks.barrier()
     save_weights(loop.state.model, folder)
     if ranks.is_first:
@@ -139,7 +139,7 @@ def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
 
 
 def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
-    """The figures that a finished stage shows."""
+    """The final metrics of the stage."""
     metrics = {
         "steps": float(loop.step),
         "tokensIn": float(loop.step * loop.config.tokens_per_step),
@@ -150,7 +150,7 @@ def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
         metrics["loss"] = loss
     if (loss := loop.history.validation_loss) is not None:
         metrics["validationLoss"] = loss
-        if loss < math.log(sys.float_info.max):  # a model that diverged may have a perplexity that no float holds
+        if loss < math.log(sys.float_info.max):  # a diverged model's perplexity may overflow
             metrics["validationPerplexity"] = math.exp(loss)
     if (speed := loop.pace.tokens_per_second) is not None:
         metrics["tokensPerSecond"] = speed
