@@ -75,7 +75,7 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.stages[]", "globalBatchSize must be a multiple"): {"stages.base.pretrain.microBatchSize": 5},
     ("spec.stages[]", "precision fp8 needs GPUs"): {"stages.base.pretrain.precision": "fp8"},
     ("spec.stages[].compute", "ranksPerNode must be at most gpusPerNode"): {"stages.base.compute": {"gpusPerNode": 2, "ranksPerNode": 4}},
-    ("spec.stages[].compute.cpu", "write a number of processors"): {"stages.tok.compute": {"cpu": "0.0"}},
+    ("spec.stages[].compute.cpu", "write a number of CPUs"): {"stages.tok.compute": {"cpu": "0.0"}},
     ("spec.stages[].compute.memory", "must be at least 1"): {"stages.tok.compute": {"memory": "0Gi"}},
     ("spec.stages[].compute.memory", "must be at most"): {"stages.tok.compute": {"memory": "1001T"}},
     ("spec.stages[].corpus.sources[].uri", "only S3"): {"stages.corpus.corpus.sources": [{"uri": "https://host/text"}]},
