@@ -100,7 +100,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value", "expected"), CASES, ids=[f"{p}={v}"[:60] for p, v, _ in CASES])
+@pytest.mark.parametrize(
+    ("path", "value", "expected"), CASES, ids=[f"{p}={v}"[:60].replace("\\", "/") for p, v, _ in CASES]
+)
 def test_a_bad_field_is_named_with_its_value_and_the_remedy(path, value, expected):
     with pytest.raises(ManifestError) as caught:
         parse_run(_set(manifest(), path, value))
