@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from builders import manifest
-from headrace_api.errors import ManifestError, parse_run
+from headrace_api.errors import Body, ManifestError, parse_run
 
 
 def _set(value: dict[str, Any], path: str, new: object) -> dict[str, Any]:
@@ -96,6 +96,9 @@ CASES = [
     ("stages.base.pretrain.optimizer", {"beta1": 1}, "spec.stages[3].pretrain.optimizer.beta1: 1: must be below 1"),
     ("stages.base.pretrain.precision", "fp16", "spec.stages[3].pretrain.precision: 'fp16': choose one of fp32, bf16, fp8"),
     ("stages.base.pretrain.global_batch_size", 4, "spec.stages[3].pretrain.global_batch_size: unknown field; did you mean globalBatchSize?"),
+    ("restartPolicy.onStall", "0s", "spec.restartPolicy.onStall: '0s': must be above 0"),
+    ("restartPolicy.onStall", 60, "spec.restartPolicy.onStall: 60: must be above 0; write a number with a unit"),
+    ("restartPolicy.onStall", "soon", "spec.restartPolicy.onStall: 'soon': not a duration"),
     ("restartPolicy", [], "spec.restartPolicy: a list: write a block with maxInfraRestarts, maxUserRestarts"),
 ]  # fmt: skip
 
@@ -124,3 +127,61 @@ def test_names_that_are_too_long_for_a_pod_are_refused():
         next(iter(v for k, v in stage.items() if k != "name"))["from"]["corpus"] = "s" * 20
     with pytest.raises(ManifestError, match="too many for a pod's host name"):
         parse_run(bad)
+
+
+def test_half_a_second_is_an_amount_of_time():
+    assert parse_run(_set(manifest(), "restartPolicy.onStall", "500ms")).spec.restart_policy.on_stall == "500ms"
+
+
+VLLM = [
+    (1, {"heads": 3, "kvHeads": 3, "hiddenSize": 48}, ""),
+    (2, {"heads": 3, "kvHeads": 3, "hiddenSize": 48}, "3, and 3 of keys; use 1 or 3"),
+    (2, {"heads": 6, "kvHeads": 3, "hiddenSize": 96}, "6, and 3 of keys; use 1 or 3 or 6"),
+    (3, {"heads": 6, "kvHeads": 3, "hiddenSize": 96}, ""),
+    (4, {}, ""),
+    (8, {}, "4, and 2 of keys; use 1 or 2 or 4"),
+]
+
+
+@pytest.mark.parametrize(("gpus", "model", "refusal"), VLLM)
+def test_vllm_splits_heads_and_splits_or_repeats_those_of_keys(gpus, model, refusal):
+    value = manifest()
+    corpus, tok, tokens, base, _, ship, serve = value["spec"]["stages"]
+    base["pretrain"] |= {"model": {"preset": "llama-nano", **model}, "parallelism": {}}
+    base["compute"] = {}
+    serve["deploy"]["engine"] = "vllm"
+    serve["compute"] = {"gpusPerNode": gpus}
+    value["spec"]["stages"] = [corpus, tok, tokens, base, ship, serve]
+    if not refusal:
+        assert parse_run(value).spec.stages[5].compute.gpus_per_node == gpus
+        return
+    with pytest.raises(ManifestError) as caught:
+        parse_run(value)
+    said = f"spec.stages[5].compute.gpusPerNode: {gpus}: vllm splits the heads over its GPUs: {refusal}"
+    assert caught.value.problems == [said]
+
+
+RELATIVE = [
+    ("storage.uri", "runs", "spec.storage.uri: 'runs': is relative"),
+    ("storage", {}, "spec.storage.uri: is unset: write s3://bucket/prefix, or a directory that every pod mounts"),
+    ("stages.corpus.corpus.sources", [{"uri": "/raw"}, {"uri": "raw"}], "spec.stages[0].corpus.sources[1].uri: 'raw': is relative"),
+    ("stages.tok.tokenizer", {"import": {"uri": "gpt2"}}, "spec.stages[1].tokenizer.import.uri: 'gpt2': is relative"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "expected"), RELATIVE, ids=[path for path, _, _ in RELATIVE])
+def test_a_cluster_has_no_folder_that_a_path_could_be_relative_to(path, value, expected):
+    changed = _set(manifest(), path, value)
+    assert parse_run(changed), "on a laptop it is relative to the manifest"
+    with pytest.raises(ManifestError) as caught:
+        parse_run(changed, body=Body.CLUSTER)
+    (problem,) = caught.value.problems
+    assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize("uri", ["/store", "s3://bucket/runs", "file:///store"])
+def test_a_cluster_takes_paths_that_mean_the_same_everywhere(uri):
+    value = _set(manifest(), "storage.uri", uri)
+    value = _set(value, "stages.corpus.corpus.sources", [{"uri": uri}])
+    value = _set(value, "stages.tok.tokenizer", {"import": {"uri": uri}})
+    assert parse_run(value, body=Body.CLUSTER).spec.storage.uri == uri

@@ -30,6 +30,7 @@ _TESTS = [
     "tests/api",
     "tests/plan",
     "tests/operator/test_build.py",
+    "tests/operator/test_golden.py",
     "tests/operator/test_merge.py",
     "tests/operator/test_cluster.py",
     "tests/operator/test_names.py",

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from headrace_api.faults import FaultClass, Outcome
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
-_WEIGHTS = {FaultClass.USER: 0, FaultClass.STORAGE: 1, FaultClass.STALL: 3}
+_WEIGHTS: dict[FaultClass | None, int] = {FaultClass.USER: 0, FaultClass.STORAGE: 1, FaultClass.STALL: 3}
 """Lower explains more. Bad data and dead storage say so themselves. After that comes a pod that was taken from outside,
 for the others then fail of its absence, and a rank that hangs, for which the others wait in vain."""
 _TAKEN, _OTHERS = 2, 4
@@ -45,5 +45,5 @@ def explain_success(ends: Iterable[End]) -> Outcome | None:
 
 
 def _weight(end: End) -> int:
-    weight = _WEIGHTS.get(end.outcome.fault, _OTHERS) if end.outcome.fault is not None else _OTHERS
+    weight = _WEIGHTS.get(end.outcome.fault, _OTHERS)
     return min(weight, _TAKEN) if end.taken else weight
