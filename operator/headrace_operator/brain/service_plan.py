@@ -27,7 +27,8 @@ class Service(Decision):
 
     def wait(self, before: StageStatus) -> StagePlan:
         """A stage before this one is not done again yet: what serves, goes on serving."""
-        return self.suspend(before) if self.run.spec.suspend else StagePlan(status=before)
+        has_begun = bool(before.attempt or self.attempts)
+        return self.suspend(before) if self.run.spec.suspend and has_begun else StagePlan(status=before)
 
     def suspend(self, status: StageStatus) -> StagePlan:
         """Take the servers down. One that failed may be started again and again by its Deployment."""
