@@ -190,22 +190,23 @@ def test_requirements_compare(bound, value, holds):
 
 
 @pytest.mark.parametrize(
-    ("code", "reason", "fault"),
+    ("code", "pod", "fault", "reason", "message"),
     [
-        (ExitCode.OK, "", None),
-        (ExitCode.USER, "", FaultClass.USER),
-        (ExitCode.STORAGE, "", FaultClass.STORAGE),
-        (ExitCode.STOPPED, "", FaultClass.STOPPED),
-        (1, "", FaultClass.PROCESS),
-        (137, "OOMKilled", FaultClass.POD),
-        (None, "Evicted", FaultClass.POD),
+        (ExitCode.OK, "", None, "Succeeded", ""),
+        (ExitCode.USER, "", FaultClass.USER, "ExitCode", "exit code 2, without a termination message"),
+        (ExitCode.STORAGE, "", FaultClass.STORAGE, "ExitCode", "exit code 74, without a termination message"),
+        (ExitCode.STOPPED, "", FaultClass.STOPPED, "ExitCode", "exit code 75, without a termination message"),
+        (1, "", FaultClass.PROCESS, "ExitCode", "exit code 1, without a termination message"),
+        (127, "", FaultClass.PROCESS, "ExitCode", "exit code 127, without a termination message"),
+        (128, "", FaultClass.POD, "ExitCode", "exit code 128, without a termination message"),
+        (137, "OOMKilled", FaultClass.POD, "OOMKilled", "exit code 137, without a termination message"),
+        (None, "Evicted", FaultClass.POD, "Evicted", "the pod is gone, without a termination message"),
+        (None, "", FaultClass.POD, "Vanished", "the pod is gone, without a termination message"),
     ],
 )
-def test_exit_codes_have_one_class_each(code, reason, fault):
-    outcome = classify(code, pod_reason=reason)
-    assert outcome.fault is fault
-    if reason:
-        assert outcome.reason == reason
+def test_exit_codes_have_one_class_each(code, pod, fault, reason, message):
+    outcome = classify(code, pod_reason=pod) if pod else classify(code)
+    assert outcome == Outcome(fault=fault, reason=reason, message=message)
 
 
 def test_the_most_telling_failure_is_the_one_that_explains_the_others():
