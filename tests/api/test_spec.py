@@ -6,9 +6,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from builders import STAGES, make_run, succeeded
-from headrace_api.artifact import Artifact, ArtifactFile, resume_identity, stage_hash
-from headrace_api.base import Cadence, Quantity, parse_duration
-from headrace_api.contract import ResolvedStage
+from headrace_api.artifact import Artifact, ArtifactFile, canonical_digest, resume_identity, stage_hash
+from headrace_api.base import Cadence, Figures, Quantity, parse_duration
+from headrace_api.contract import ResolvedStage, join_uri
 from headrace_api.faults import ExitCode, FaultClass, Outcome, classify, most_telling
 from headrace_api.model import PRESETS, padded_vocab
 from headrace_api.planning import estimate_pretrain
@@ -51,6 +51,44 @@ def test_what_is_no_quantity(written):
 @pytest.mark.parametrize(("written", "meant"), [("30m", 1800.0), ("1.5h", 5400.0), ("250ms", 0.25)])
 def test_durations(written, meant):
     assert parse_duration(written) == meant
+
+
+@pytest.mark.parametrize("written", ["", "30", "m", "1h30m", " 30m", "30m\n", "-1s", "1.2345s", "1e3s", "30M"])
+def test_what_is_no_duration(written):
+    with pytest.raises(ValueError, match="write a number with a unit"):
+        parse_duration(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"loss": 2, "text": "x", "none": None, "nan": float("nan"), "inf": float("inf"), "huge": 10**400}, {"loss": 2.0}),
+        ({"loss": "2.5"}, {"loss": 2.5}),
+        ({}, {}),
+    ],
+)  # fmt: skip
+def test_only_finite_figures_are_kept(written, meant):
+    assert TypeAdapter(Figures).validate_python(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("base", "parts", "joined"),
+    [
+        ("s3://bucket/runs", ("base",), "s3://bucket/runs/base"),
+        ("s3://bucket/runs//", ("base", "a//b/"), "s3://bucket/runs/base/a/b"),
+        ("/store", (), "/store"),
+        ("file:///store/", ("x",), "file:///store/x"),
+    ],
+)
+def test_addresses_are_joined_with_single_slashes(base, parts, joined):
+    assert join_uri(base, *parts) == joined
+
+
+def test_a_digest_is_the_same_in_every_version():
+    """What finished stages are known by: another spelling would make all of them again."""
+    value = {"b": [1, 2.5, None, True], "a": "\u00e9", "A": {}}
+    assert canonical_digest(value) == "be9f4968412a4d777fa72add01f8b24d8d5eb0569264659092fdabc8847526ba"
+    assert canonical_digest(dict(reversed(value.items()))) == canonical_digest(value)
 
 
 @pytest.mark.parametrize(("written", "meant"), [(100, 100), ("100", 100), ("30m", "30m")])

@@ -34,6 +34,7 @@ _TESTS = [
     "tests/operator/test_merge.py",
     "tests/operator/test_cluster.py",
     "tests/operator/test_names.py",
+    "tests/operator/test_records.py",
     "tests/operator/test_rules.py",
     # What only random tests would kill is killed by plainer ones too, and what they assert of time is not asked here.
     "--ignore=tests/api/test_fuzz.py",
@@ -111,6 +112,7 @@ def _report(states: "Counter[str]", survivors: list[Survivor]) -> bool:
         print(f"survived: {survivor.function}: {survivor.line}")
     for entry in stale:
         print(f"no longer survives, take it out of {SURVIVORS.name}: {entry['function']}: {entry['line']}")
+    print(f"pure mutants: {dict(states)}")
     print(f"pure mutants: {dead} of {total} killed ({dead / total:.1%}); {len(survivors)} survive, {len(unexplained)} of "
           "them unexplained")  # fmt: skip
     return dead >= LEAST_KILLED * total and not unexplained and not stale

@@ -134,7 +134,11 @@ def told() -> list[Json]:
 def _named(path: str, value: Any, names: dict[str, str]) -> Any:
     """Digests are numbered as they come up: a new field of the spec changes them all."""
     field = path.rpartition(".")[2]
-    return names.setdefault(value, f"{field} {len(names) + 1}") if field in ("hash", "digest") and len(value) == 64 else value
+    return (
+        names.setdefault(value, f"{field} {len(names) + 1}")
+        if field in ("hash", "digest") and len(value) == 64
+        else value
+    )
 
 
 def _does(plan: Plan) -> Json:
