@@ -49,7 +49,7 @@ def read_documents(text: str) -> list[Any]:
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             reader.take(event)
-    except yaml.YAMLError as error:
+    except (yaml.reader.ReaderError, yaml.MarkedYAMLError) as error:
         raise _syntax_error(error, text) from error
     return [document for document in reader.documents if document is not None]
 
@@ -208,9 +208,7 @@ class _Reader:
 
 def _spelled(value: Any) -> str:
     """The text of a key that YAML reads as a number, a boolean or null."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower()
 
 
 def dotted(parts: Sequence[int | str]) -> str:
@@ -235,14 +233,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _syntax_error(error: yaml.YAMLError, text: str) -> FieldError:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:  # a character that YAML forbids, such as NUL
-        position = getattr(error, "position", None)
-        line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
+def _syntax_error(error: yaml.reader.ReaderError | yaml.MarkedYAMLError, text: str) -> FieldError:
+    if isinstance(error, yaml.reader.ReaderError):  # the text holds what YAML cannot: NUL and its like
+        line = text.encode()[: error.position].count(b"\n") + 1  # libyaml counts bytes
         return FieldError(f"line {line}", "a control character", "YAML is text; save the file as UTF-8, without it")
-    where = f"line {mark.line + 1}, column {mark.column + 1}"
+    mark: Any = error.problem_mark  # never None: scanner and parser set it
     lines = text.splitlines()
+    where = f"line {mark.line + 1}, column {mark.column + 1}"
     if mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]:
         return FieldError(where, "a tab", "YAML is indented with spaces; replace it")
-    return FieldError(where, str(getattr(error, "problem", None) or "not YAML"), "correct the YAML there")
+    return FieldError(where, error.problem, "correct the YAML there")

@@ -105,7 +105,7 @@ def _check_vllm(field: str, stage: Stage, *, exported: Stage, seen: Mapping[str,
     trained = seen[exported.export.from_.model].pretrain
     assert trained is not None, "only pretrain produces a checkpoint"
     arch = trained.model.architecture
-    if gpus > 1 and not _vllm_splits(arch, gpus):
+    if gpus and not _vllm_splits(arch, gpus):
         fitting = [d for d in range(1, arch.heads + 1) if _vllm_splits(arch, d)]
         remedy = f"{_VLLM}: {arch.heads} heads and {arch.kv_heads} kvHeads; use {' or '.join(map(str, fitting))}"
         raise FieldError(field, gpus, remedy)

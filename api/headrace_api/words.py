@@ -89,7 +89,7 @@ def _choose(value: object, options: Sequence[str]) -> str:
 def _write_text(value: object) -> str:
     if isinstance(value, bool):
         return "write text, in quotes: YAML reads yes, no, on, off, y and n as true or false"
-    return "write text, in quotes" if isinstance(value, int | float) else "write text"
+    return "write text, in quotes"
 
 
 def _below_unions(location: Location) -> Location:

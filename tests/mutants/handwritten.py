@@ -89,6 +89,20 @@ MUTANTS = (
         tests=("tests/api/test_planning.py",),
     ),
     Mutant(
+        name="a CEL rule is removed",
+        file="charts/headrace/files/crd/trainingruns.headrace.dev.yaml",
+        before="- message: minWords must be at most maxWords\n                            rule: self.minWords <= self.maxWords\n                          - message: minMean",
+        after="- message: minMean",
+        tests=("tests/operator/test_real_admission.py::test_a_rule_refuses_alone_what_it_is_there_to_refuse",),
+    ),
+    Mutant(
+        name="a failed stage that is run again keeps its spent budget",
+        file="operator/headrace_operator/brain/stage_plan.py",
+        before="status = with_fresh_budgets(updated(status, state=StageState.PENDING))",
+        after="status = updated(status, state=StageState.PENDING)",
+        tests=("tests/plan/test_budgets.py",),
+    ),
+    Mutant(
         name="a status that lost a race is ignored",
         file="operator/headrace_operator/body/apply.py",
         before='            await self._look_again(raw)\n            raise Retry(f"the run changed during the reconcile: {error.message}") from error\n',

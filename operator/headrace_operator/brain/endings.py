@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from headrace_api.faults import FaultClass, Outcome
 
 _NEVER = datetime.max.replace(tzinfo=UTC)
-_WEIGHTS = {FaultClass.USER: 0, FaultClass.STORAGE: 1, FaultClass.STALL: 3}
+_WEIGHTS: dict[FaultClass | None, int] = {FaultClass.USER: 0, FaultClass.STORAGE: 1, FaultClass.STALL: 3}
 """Lower weighs more. Bad data and failing storage name themselves. Next come pods disrupted from outside, since their
 peers then fail for lack of them, and hung ranks, which stall their peers."""
 _TAKEN, _OTHERS = 2, 4
@@ -45,5 +45,5 @@ def explain_success(ends: Iterable[End]) -> Outcome | None:
 
 
 def _weight(end: End) -> int:
-    weight = _WEIGHTS.get(end.outcome.fault, _OTHERS) if end.outcome.fault is not None else _OTHERS
+    weight = _WEIGHTS.get(end.outcome.fault, _OTHERS)
     return min(weight, _TAKEN) if end.taken else weight

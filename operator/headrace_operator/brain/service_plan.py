@@ -27,7 +27,8 @@ class Service(Decision):
 
     def wait(self, before: StageStatus) -> StagePlan:
         """Keep serving while an earlier stage is being rerun."""
-        return self.suspend(before) if self.run.spec.suspend else StagePlan(status=before)
+        has_begun = bool(before.attempt or self.attempts)
+        return self.suspend(before) if self.run.spec.suspend and has_begun else StagePlan(status=before)
 
     def suspend(self, status: StageStatus) -> StagePlan:
         """Take the servers down, including a failed one: its Deployment would keep restarting it."""

@@ -36,6 +36,8 @@ def plan_stage(
         finished: stage name -> artifact, for the stages that are done.
     """
     if not ready:
+        if before.state is StageState.SUSPENDED and not run.spec.suspend:
+            before = updated(before, state=StageState.PENDING)
         return _decision(run, stage, observed, inputs={}, digest=before.hash or "").wait(before)
     inputs = {slot: finished[source] for slot, source in stage.config.inputs().items()}
     digest = stage_hash(stage.config, seed=run.spec.seed, inputs={slot: ref.digest for slot, ref in inputs.items()})
