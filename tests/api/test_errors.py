@@ -133,7 +133,7 @@ CASES = [
     ("stages.base.pretrain.schedule.decay", 1, "spec.stages[3].pretrain.schedule.decay: 1: choose one of cosine, constant"),
     ("stages.base.pretrain.schedule.learningRate", "3e-4", "spec.stages[3].pretrain.schedule.learningRate: '3e-4': write a number, without"),
     ("stages.base.pretrain.schedule.learningRate", 0, "spec.stages[3].pretrain.schedule.learningRate: 0: must be above 0.0"),
-    ("stages.base.pretrain.parallelism.pipeline", 2, "spec.stages[3].pretrain.parallelism: 'tensor 2 x pipeline 2': 4 ranks a replica must divide the gang's 2"),
+    ("stages.base.pretrain.parallelism.pipeline", 2, "spec.stages[3].pretrain.parallelism: 'tensor 2 x pipeline 2': 4 ranks per replica must divide the gang's 2"),
     (
         "stages.base.pretrain",
         {**STAGES["base"]["pretrain"], "model": {"preset": "llama-nano", "heads": 18, "kvHeads": 18, "hiddenSize": 180}, "parallelism": {"tensor": 4}},
@@ -156,8 +156,8 @@ CASES = [
     ("stages.serve.deploy.engine", "vlm", "spec.stages[6].deploy.engine: 'vlm': did you mean vllm?"),
     ("stages.corpus.compute", {"cpu": 1.5}, "spec.stages[0].compute.cpu: 1.5: write text, in quotes"),
     ("stages.corpus.compute", {"cpu": True}, "spec.stages[0].compute.cpu: true: write text, in quotes"),
-    ("stages.corpus.compute", {"cpu": "4 cores"}, "spec.stages[0].compute.cpu: '4 cores': write a number of processors above 0"),
-    ("stages.corpus.compute", {"ranksPerNode": 2}, "spec.stages[0].compute.ranksPerNode: 2: corpus stages have 1 process a node"),
+    ("stages.corpus.compute", {"cpu": "4 cores"}, "spec.stages[0].compute.cpu: '4 cores': write a number of CPUs above 0"),
+    ("stages.corpus.compute", {"ranksPerNode": 2}, "spec.stages[0].compute.ranksPerNode: 2: corpus stages run 1 process per node"),
     ("restartPolicy.onStall", "0s", "spec.restartPolicy.onStall: '0s': must be above 0"),
     ("restartPolicy.onStall", 60, "spec.restartPolicy.onStall: 60: must be above 0; write a number with a unit"),
     ("restartPolicy.onStall", "soon", "spec.restartPolicy.onStall: 'soon': not a duration"),
@@ -194,7 +194,7 @@ def test_names_that_are_too_long_for_a_pod_are_refused():
 OBJECTS = [
     ("metadata", {"name": "demo", "label": {}}, "metadata.label: unknown field; did you mean labels?"),
     ("metadata", {"name": "demo", "nope": None}, "metadata.nope: unknown field; known fields are name, namespace, uid"),
-    ("metadata", {"name": "demo", "deletionTimestamp": "soon"}, "metadata.deletionTimestamp: 'soon': write a time, as 2026"),
+    ("metadata", {"name": "demo", "deletionTimestamp": "soon"}, "metadata.deletionTimestamp: 'soon': write a time, such as 2026"),
     ("metadata", [], "metadata: a list: write a block with name, namespace"),
     ("metadata", {}, "metadata.name: missing; this field is required"),
     ("apiVersion", None, "apiVersion: missing; this field is required"),
@@ -234,11 +234,11 @@ def test_half_a_second_is_an_amount_of_time():
 
 VLLM = [
     (1, {"heads": 3, "kvHeads": 3, "hiddenSize": 48}, ""),
-    (2, {"heads": 3, "kvHeads": 3, "hiddenSize": 48}, "3, and 3 of keys; use 1 or 3"),
-    (2, {"heads": 6, "kvHeads": 3, "hiddenSize": 96}, "6, and 3 of keys; use 1 or 3 or 6"),
+    (2, {"heads": 3, "kvHeads": 3, "hiddenSize": 48}, "3 heads and 3 kvHeads; use 1 or 3"),
+    (2, {"heads": 6, "kvHeads": 3, "hiddenSize": 96}, "6 heads and 3 kvHeads; use 1 or 3 or 6"),
     (3, {"heads": 6, "kvHeads": 3, "hiddenSize": 96}, ""),
     (4, {}, ""),
-    (8, {}, "4, and 2 of keys; use 1 or 2 or 4"),
+    (8, {}, "4 heads and 2 kvHeads; use 1 or 2 or 4"),
 ]
 
 
