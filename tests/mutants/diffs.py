@@ -10,7 +10,6 @@ from mutmut.__main__ import status_by_exit_code, walk_mutatable_files
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
-
 _DID_NOT_RUN = 255
 """mutmut's own failure to run the tests, which it calls a time-out."""
 
