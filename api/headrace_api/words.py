@@ -29,7 +29,8 @@ def describe(error: Any, root: type[BaseModel]) -> str:
         return unknown(location, _fields_at(root, location[:-1]))
     if kind == "missing":
         return f"{dotted(location)}: missing; this field is required"
-    remedy = str(cause) if cause is not None else _remedy(kind, error, root, location)
+    # Of a time, pydantic's cause is text of its own.
+    remedy = str(cause) if isinstance(cause, ValueError) else _remedy(kind, error, root, location)
     return line(dotted(location), error["input"], remedy)
 
 
