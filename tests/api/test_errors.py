@@ -113,7 +113,7 @@ CASES = [
     ("seed", 2.0**63, "spec.seed: 9.223372036854776e+18: write a whole number"),
     ("seed", float("inf"), "spec.seed: inf: write a finite number"),
     ("seed", _nested(62), "spec.seed: a list: write a whole number"),
-    ("seed", _nested(63), "spec.seed[0][0]: a block in a block, 64 times: is a bracket left open?"),
+    ("seed", _nested(63), "spec.seed[0][0]: nested more than 64 deep: is a bracket left open?"),
     ("ttlSecondsAfterFinished", "60", "spec.ttlSecondsAfterFinished: '60': write a whole number, without quotes"),
     ("storage.uri", "x" * 1025, f"spec.storage.uri: '{'x' * 76}...: write at most 1024 characters"),
     ("storage.uri", "", "spec.storage.uri: '': write at least 1 character(s)"),
