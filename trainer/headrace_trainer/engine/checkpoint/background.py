@@ -1,7 +1,7 @@
 """Work in a copy of this process, while this one goes on.
 
-A fork sees all memory as it was at its moment, whatever changes afterwards: nothing is copied for it but the pages that
-training writes to. It dies with its rank, so that nothing goes on writing for a gang that is gone.
+A fork sees all memory as it was at its moment, whatever changes afterwards, but for what is left out of it. It dies with its
+rank, so that nothing goes on writing for a gang that is gone.
 """
 
 import contextlib
@@ -10,13 +10,14 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from headrace_trainer import board
+from headrace_trainer.engine.checkpoint.staging import left_out_of_forks
 from headrace_trainer.errors import StorageError
 from headrace_trainer.processes import die_with_parent
 
@@ -29,18 +30,20 @@ class Background(Generic[T]):
     Args:
         work: what to do. It must not use CUDA, nor connections that the rank has open. What it returns is pickled.
         outbox: a path where what it returns can be left, on a local disk.
+        without: large tensors that the work does not touch: this process pays for each page of others that it writes to.
     """
 
-    def __init__(self, work: Callable[[], T], *, outbox: Path) -> None:
+    def __init__(self, work: Callable[[], T], *, outbox: Path, without: Iterable[torch.Tensor]) -> None:
         self._outbox = outbox
         self._exit_code: int | None = None
         self._counter = board.Counter()
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            _run(work, outbox, self._counter, parent=parent)
+        with left_out_of_forks(without):
+            self._pid = os.fork()
+            if self._pid == 0:
+                _run(work, outbox, self._counter, parent=parent)
 
     @property
     def beats(self) -> int:
