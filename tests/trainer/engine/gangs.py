@@ -67,10 +67,16 @@ class Run:
     held: str | None = None
     """Storing a key that ends like this on rank 0 lasts until the batch of step ``released_at`` is read."""
     released_at: int = 0
+    slow_while_held: bool = False
+    """Steps take half a second until then, and note in ``on-their-way`` how many checkpoints are."""
     stop_at: int | None = None
     """The last rank is asked to stop while it reads the batch of this step."""
     full_at: int | None = None
     """The last rank can write no file of more than 20 kB from this step on, as on a disk that is nearly full."""
+    room_at: int | None = None
+    """It can again from this step on."""
+    first_is_full: bool = False
+    """The first rank can write no file of more than 4 kB, from the first step on."""
     bucket_size: int | None = None
     """Parameters in a bucket whose gradients are reduced together; one bucket holds them all if None."""
     bad_steps: tuple[int, ...] = ()
@@ -155,7 +161,8 @@ def _rank(
     try:
         ended = Ended(value=work(rank, world, *args))
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # a file too
+            traceback.print_exc()
         ended = Ended(error=type(error).__name__, message=str(error))
     sender.send_bytes(pickle.dumps(ended))
     os._exit(0)
@@ -303,10 +310,22 @@ def _trouble(run: Run, ctx: Any, *, is_last: bool, loop_of: Callable[[], Any]) -
             (ctx.scratch / "stop").touch()
         if run.held is not None and index >= run.released_at * BATCH:
             (run.folder / "released").touch()
+        elif run.held is not None and run.slow_while_held:
+            time.sleep(0.05)
+            begun = len([p for p in (ctx.scratch / "checkpoints").glob("step-*") if p.is_dir()])
+            (run.folder / "on-their-way").write_text(str(begun))
         if is_last and run.full_at is not None and index >= run.full_at * BATCH:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            has_room = run.room_at is not None and index >= run.room_at * BATCH
+            _limit_files(None if has_room else 20_000)
+        if run.first_is_full and ctx.rank == 0:
+            _limit_files(4000)
 
     return at
+
+
+def _limit_files(size: int | None) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
 def _wait(until: Callable[[], bool]) -> None:
@@ -320,6 +339,7 @@ def _trouble_in_storage(run: Run, store: Any) -> None:
     rank = os.getpid()
 
     def kill(pid: int) -> None:
+        (run.folder / "writer").write_text(str(os.getpid()))
         os.kill(pid, signal.SIGKILL)
         time.sleep(60)  # the fork of a rank that is dead dies too
 

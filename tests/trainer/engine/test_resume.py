@@ -1,14 +1,31 @@
 """A run that was stopped or killed ends with the losses of a run that was not."""
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from trainer.engine.gangs import BATCH, DP2, LENGTH, PP2, TP1, TP2, TP2_PP2, Ended, Run, began, gang, losses, train, train_rank
+from trainer.engine.gangs import (
+    BATCH,
+    DP2,
+    LENGTH,
+    PP2,
+    TP1,
+    TP2,
+    TP2_PP2,
+    Ended,
+    Run,
+    began,
+    gang,
+    losses,
+    train,
+    train_rank,
+)
 
 STEPS, EVERY = 14, 4
 LAYOUTS = {"TP2": TP2, "DP2": DP2}
@@ -30,6 +47,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
         return found[name]
 
     return of
+
+
+def ends(pid: int) -> bool:
+    """Whether a process is gone, or soon will be."""
+    for _ in range(200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def first_steps(ended: list[Ended]) -> set[Any]:
@@ -79,6 +105,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_checkpoint_or_the_new_one
     run = Run(folder=tmp_path, steps=STEPS, every=EVERY)
     killed = train(replace(run, **death), TP2)  # type: ignore[arg-type]
     assert killed[0].exit_code == -9
+    assert ends(int((tmp_path / "writer").read_text())), "nothing goes on writing for a rank that is dead"
     again = train(replace(run, attempt=2), TP2)
     assert first_steps(again) == {resumed}
     assert [r["loss_hex"] for r in again[0].value.history] == undisturbed("TP2")
@@ -90,6 +117,21 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(
 ) -> None:
     held = {"held": "step-00000008-a1/__0_0.distcp", "released_at": 11}
     assert hexes(Run(folder=tmp_path, steps=STEPS, every=EVERY, **held), TP2) == undisturbed("TP2")  # type: ignore[arg-type]
+
+
+def test_saves_do_not_pile_up_while_storage_is_away_for_longer_than_their_interval(
+    tmp_path: Path, undisturbed: Callable[[str], list[str]]
+) -> None:
+    run = Run(
+        folder=tmp_path,
+        steps=STEPS,
+        overrides={"checkpoint": {"every": "1s"}},
+        held="__0_0.distcp",
+        released_at=10,
+        slow_while_held=True,
+    )
+    assert hexes(run, TP2) == undisturbed("TP2")
+    assert (tmp_path / "on-their-way").read_text() == "1"
 
 
 def test_a_stop_commits_the_checkpoint_on_its_way_and_its_own(

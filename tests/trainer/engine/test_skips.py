@@ -116,9 +116,7 @@ def test_too_many_in_a_row_take_older_weights_and_leave_the_data_out(tmp_path: P
 @pytest.mark.parametrize(
     ("die_at", "resumed"), [(8, 6), (10, 6), (12, 10)], ids=["in the row", "after the return", "later"]
 )
-def test_a_run_that_is_killed_skips_and_goes_back_as_one_that_is_not(
-    tmp_path: Path, die_at: int, resumed: int
-) -> None:
+def test_a_run_that_is_killed_skips_and_goes_back_as_one_that_is_not(tmp_path: Path, die_at: int, resumed: int) -> None:
     whole = train(replace(ROLLED_BACK, folder=tmp_path / "whole"), DP2)[0].value
     run = replace(ROLLED_BACK, folder=tmp_path / "killed")
     assert train(replace(run, die_at=die_at), DP2)[-1].exit_code == -9

@@ -59,10 +59,7 @@ class Saving:
     ) -> None:
         self._name, self._staged, self._write, self._extras = name, staged, write, extras
         self._describe, self._checkpoints, self._keep, self._gang = describe, checkpoints, keep, gang
-        self._outbox = staged.with_name(f"{name}.{gang.rank}.pickle")
-        self._writing: Background[Share] | None = Background(
-            self._write_and_upload, outbox=self._outbox, without=write.state
-        )
+        self._writing: Background[Share] | None = Background(self._write_and_upload, without=write.state)
         self._committing: Background[CheckpointManifest | None] | None = None
         write.let_go()
 
@@ -105,7 +102,7 @@ class Saving:
         self._writing = None
         if self._gang.local_rank == 0:
             work = functools.partial(self._commit, shares)
-            self._committing = Background(work, outbox=self._outbox, without=self._write.state)
+            self._committing = Background(work, without=self._write.state)
         return None
 
     def _write_and_upload(self) -> Share:
