@@ -64,7 +64,7 @@ class Background(Generic[T]):
         outcome: Any = StorageError(f"a checkpoint's writer ended with exit code {self._exit_code}: see its log above")
         if self._exit_code == 0:
             self._outbox.seek(0)
-            outcome = pickle.load(self._outbox)
+            outcome = pickle.loads(self._outbox.read())
         self._outbox.close()
         if isinstance(outcome, StorageError):
             raise outcome

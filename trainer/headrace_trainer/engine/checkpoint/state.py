@@ -123,7 +123,7 @@ class Write:
     """A state that is to be written, as it was.
 
     Attributes:
-        state: the state itself, of which forks need nothing; empty once they do not come.
+        state: large tensors of which forks need nothing.
 
     Args:
         request: Megatron's: a function that writes buckets of tensors.
@@ -132,7 +132,7 @@ class Write:
         writer: Megatron's, which writes what names the files.
         metadata: what that will be, on rank 0.
         staging: for a copy of what lies in the host's memory.
-        state: large tensors of which a fork needs nothing.
+        state: see above.
     """
 
     def __init__(
