@@ -1,10 +1,10 @@
-# Two images, on any Debian with Python 3.11 or newer: `operator`, without torch, and `trainer`.
+# Two images, for any Debian base with Python 3.11 or newer: `operator` (without torch) and `trainer`.
 #
 #   docker build --target operator -t headrace-operator:0.1.0 .
 #   docker build --target trainer  -t headrace-trainer:0.1.0 .
 #
-# The trainer has Transformer Engine, compiled here against its torch: 20 minutes on two cores. Without GPUs leave it out
-# with --build-arg REQUIREMENTS=trainer.
+# The trainer image compiles Transformer Engine against its torch: 20 minutes on two cores. Without GPUs, skip it with
+# --build-arg REQUIREMENTS=trainer.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 FROM ${BASE_IMAGE} AS base
@@ -14,7 +14,7 @@ ENV PATH=/opt/headrace/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     USER=headrace
-# Libraries ask who they run as: torch names its caches after the user. $USER answers where a cluster gives out other ids.
+# Some libraries look up the current user: torch names its caches after it. $USER covers clusters that assign other uids.
 RUN groupadd --gid 65532 headrace \
  && useradd --uid 65532 --gid 65532 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin headrace
 WORKDIR /tmp
@@ -39,7 +39,7 @@ COPY --from=wheel /wheels /wheels
 RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
  && python -m pip uninstall --yes pip
 
-# Triton and torch.compile call a C compiler while they train.
+# Triton and torch.compile need a C compiler at run time.
 FROM base AS trainer-environment
 RUN headers=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') \
  && apt-get update \
@@ -49,7 +49,7 @@ COPY requirements/build.txt requirements/trainer.txt requirements/
 RUN python3 -m venv /opt/headrace \
  && python -m pip install --no-cache-dir --require-hashes --requirement requirements/build.txt \
  && python -m pip install --no-cache-dir --require-hashes --requirement requirements/trainer.txt
-# Its own way would be to look for a ready-made wheel elsewhere, which no hash covers.
+# By default its build would download a prebuilt wheel, which no hash covers.
 ARG REQUIREMENTS=gpu
 COPY requirements/$REQUIREMENTS.txt requirements/
 RUN NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE \
@@ -58,7 +58,7 @@ COPY --from=wheel /wheels /wheels
 RUN python -m pip install --no-cache-dir --no-index --no-deps /wheels/*.whl \
  && python -m pip uninstall --yes pip
 
-# Not copied into a smaller image, as the operator's is: the compiler stays, and nothing else would be saved.
+# Not copied into a smaller image like the operator's: the compiler must stay, so nothing would be saved.
 FROM trainer-environment AS trainer
 USER 65532:65532
 EXPOSE 9400

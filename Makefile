@@ -8,13 +8,13 @@ HOME_DIR ?= .headrace
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
-setup: ## Make .venv with everything that is pinned
+setup: ## Create .venv with the pinned dependencies
 	@sh scripts/setup.sh $(PYTHON)
 
-demo: setup ## Train, evaluate, export and serve a small model on this machine, from the text that is on it
+demo: setup ## Train, evaluate, export and serve a small model from the text on this machine
 	@sh scripts/demo.sh $(HOME_DIR)
 
-test: setup ## Every tier below, the cluster included
+test: setup ## Run every tier below, including the cluster
 	@sh scripts/test.sh
 
 lint: setup ## Style, types, import contracts, generated files
@@ -30,32 +30,32 @@ test-unit: setup ## Pure functions and tables of cases: seconds
 test-trainer: setup ## Megatron-core on CPU with up to 4 ranks, data stages, S3, serving: minutes
 	$(BIN)/pytest tests/trainer
 
-test-gpu: setup ## On a machine with a GPU: its kernels, precisions, resumption and checkpoints
+test-gpu: setup ## GPU kernels, precisions, resume and checkpoints (needs a GPU)
 	$(BIN)/pytest tests/gpu
 
-test-local: setup ## Whole runs with `headrace run`, faults injected: minutes
+test-local: setup ## Whole runs with `headrace run`, with fault injection: minutes
 	$(BIN)/pytest tests/local
 
-test-cluster: setup cluster-up ## A real cluster: chart, operator, runs, recovery (root, or HEADRACE_TEST_KUBECONFIG)
+test-cluster: setup cluster-up ## Chart, operator, runs and recovery on a real cluster (root, or HEADRACE_TEST_KUBECONFIG)
 	$(BIN)/pytest tests/charts tests/operator/test_real_*.py tests/cluster
 
-mutants: setup ## Whether the tests notice mistakes: mutmut over the pure rooms, and some written by hand (about half an hour)
+mutants: setup ## Mutation testing: mutmut over the pure modules, plus handwritten mutants (about half an hour)
 	$(BIN)/python tests/mutants
 
-crds: setup ## Generate manifests/crd from the classes
+crds: setup ## Generate manifests/crd from the API classes
 	$(BIN)/python -m headrace_api.crd
 
-lock: setup ## Pin dependencies again; ARGS=--upgrade for newer ones
+lock: setup ## Pin dependencies again; ARGS=--upgrade for newer versions
 	sh scripts/lock.sh $(ARGS)
 
-cluster-build: setup ## Build the test cluster's programs from Go modules, and the operator's image (root)
+cluster-build: setup ## Build the test cluster's programs from Go modules, and the operator image (root)
 	$(BIN)/python tests/cluster build
 
-cluster-up: setup ## Bring up a real cluster of two nodes on this machine (root)
+cluster-up: setup ## Start a real two-node cluster on this machine (root)
 	$(BIN)/python tests/cluster up
 
-cluster-down: setup ## Take it down and leave nothing behind
+cluster-down: setup ## Stop it and remove every trace
 	$(BIN)/python tests/cluster down
 
-clean: ## Remove what the targets above made, but for the test cluster
+clean: ## Remove everything the targets above created, except the test cluster
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache $(HOME_DIR)

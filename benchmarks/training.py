@@ -30,6 +30,7 @@ from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.formats.model_card import ModelCard, describe
 from headrace_trainer.stage import StageContext
+from headrace_trainer.storage import ObjectStore
 
 ONE_RANK = Layout(tensor=1, pipeline=1, data=1)
 
@@ -155,6 +156,8 @@ def opened(
     samples: Samples | None = None,
     rank: int = 0,
     attempt: int = 1,
+    own_node: bool = False,
+    store: ObjectStore | None = None,
 ) -> Iterator[Loop]:
     """A loop before its first step, or after the step of the newest checkpoint in ``folder``.
 
@@ -164,15 +167,18 @@ def opened(
         samples: what is read; random tokens if None.
         rank: this rank's number; ``MASTER_ADDR`` and ``MASTER_PORT`` must be set where there are several.
         attempt: the stage's.
+        own_node: whether each rank has a node, and so a scratch folder, of its own.
+        store: the run's, if not the directory ``storage`` in ``folder``.
     """
     from headrace_trainer.stages.pretrain.stage import build_loop
 
     layout, stage = training.layout, training.stage(folder, attempt=attempt)
-    ctx = StageContext(
-        resolved=stage, scratch=folder / f"scratch-{attempt}", rank=rank, world=layout.world, local_rank=rank
-    )
+    local_rank, local_world = (0, 1) if own_node else (rank, layout.world)
+    scratch = folder / f"scratch-{attempt}" / (f"node-{rank}" if own_node else "")
+    ctx = StageContext(resolved=stage, scratch=scratch, rank=rank, world=layout.world, local_rank=local_rank)
+    ctx.store = store or ctx.store
     samples = samples or RandomSamples(training)
-    with join_gang(layout, rank=rank, local_rank=rank, local_world=layout.world, seed=training.seed) as gang:
+    with join_gang(layout, rank=rank, local_rank=local_rank, local_world=local_world, seed=training.seed) as gang:
         loop = build_loop(ctx, gang, training.card, training=samples, validation=samples)
         loop.resume()
         yield loop

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Run a command in a clone of this repository on a bare Debian, made by debootstrap: the proof that a fresh machine needs
-# nothing more than Python, make and git. Only commits are cloned. The network is this machine's, and so are its certificates.
+# Run a command in a clone of this repository on a bare Debian, made by debootstrap: proof that a fresh machine needs only
+# Python, make and git. Only commits are cloned. Network and certificates are this machine's.
 # Usage: scripts/bare-debian.sh COMMAND...      as root, like: scripts/bare-debian.sh make demo
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 command -v debootstrap >/dev/null || { apt-get update -qq && apt-get install -qq -y debootstrap; }
 
 root=$(mktemp -d /var/tmp/bare-debian.XXXXXX)
-# Whatever was mounted in there was private to namespaces that are gone by then.
+# Mounts below it were private to namespaces that are gone by now.
 trap 'rm -rf "$root"' EXIT
 trap 'exit 130' INT TERM
 debootstrap --variant=minbase --include=ca-certificates,git,make,python3 "${SUITE:-bookworm}" "$root" >"$root.log" 2>&1 || {
@@ -23,7 +23,7 @@ bundle=/etc/ssl/certs/ca-certificates.crt
 [ ! -e "$bundle" ] || cp "$bundle" "$root$bundle"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 
-# A root of its own instead of chroot's: containers pivot away from theirs, which needs a mount to pivot from.
+# pivot_root instead of chroot: containers pivot_root too, which needs a mount to pivot from.
 enter='
 mount --bind "$0" "$0" && cd "$0"
 mount --rbind /sys sys && mount --rbind /dev dev && mount -t proc proc proc && mount -t tmpfs tmpfs run

@@ -1,20 +1,20 @@
 #!/bin/sh
-# Build the images with buildah, without a Docker daemon; works as root in a container too.
+# Build the images with buildah. Needs no Docker daemon; works as root in a container too.
 # Usage: scripts/build-images.sh [target ...]      targets: operator (default), trainer
 #
-# BASE_IMAGE   an image with Python 3.11 or newer; Debian made by debootstrap if unset, so that no image registry is needed
-# TAG          tag of the images (default 0.1.0)
-# BUILD_FLAGS  more flags of `buildah build`
+# BASE_IMAGE   an image with Python 3.11 or newer; by default a Debian made by debootstrap, which needs no image registry
+# TAG          image tag (default 0.1.0)
+# BUILD_FLAGS  extra flags for `buildah build`
 # STORE        folder for buildah's images and layers, instead of the machine's own store
-# ARCHIVES     folder to write TARGET.tar into too, as `docker save` would
-# PIP_CERT, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_DEFAULT_TIMEOUT reach pip as it builds
+# ARCHIVES     folder to also write TARGET.tar to, in `docker save` format
+# PIP_CERT, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and PIP_DEFAULT_TIMEOUT are passed to pip
 set -eu
 cd "$(dirname "$0")/.."
 tag=${TAG:-0.1.0}
 [ $# -gt 0 ] || set -- operator
 export BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}"
 if [ -z "${STORAGE_DRIVER:-}" ]; then
-    # One overlay cannot lie on another, and that is what a container's disk is.
+    # Overlayfs cannot be stacked on overlayfs, which is what a container's disk usually is.
     mkdir -p "${STORE:-/var/lib/containers}"
     case $(stat -f -c %T "${STORE:-/var/lib/containers}") in
         overlayfs) STORAGE_DRIVER=vfs ;;
@@ -42,7 +42,7 @@ if [ -z "${BASE_IMAGE:-}" ]; then
     buildah inspect --type image "$BASE_IMAGE" >/dev/null 2>&1 || make_base
 fi
 
-# The builder's own way to the package index, certificates included; the images do not keep it.
+# pip settings of this machine, certificates included; not kept in the images.
 pip_conf=$(mktemp)
 trap 'rm -f "$pip_conf"' EXIT
 {

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Pin every dependency by hash, without addresses. One file for each thing that is installed.
-# Usage: scripts/lock.sh [options of uv pip compile, as --upgrade]
+# Pin every dependency by hash, without index URLs. One file per environment.
+# Usage: scripts/lock.sh [options for uv pip compile, such as --upgrade]
 set -eu
 cd "$(dirname "$0")/.."
 lock() {
@@ -13,8 +13,8 @@ echo "uv>=0.9" | lock uv "$@" -
 lock dev pyproject.toml --extra operator --extra trainer --extra dev "$@"
 lock operator pyproject.toml --extra operator --constraint requirements/dev.txt "$@"
 lock trainer pyproject.toml --extra trainer --constraint requirements/dev.txt "$@"
-# Transformer Engine tells its requirements only to a Python that has torch.
+# Transformer Engine reveals its requirements only to a Python that has torch.
 NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch \
     lock gpu pyproject.toml --extra trainer --extra gpu --constraint requirements/dev.txt --no-build-isolation --python .venv/bin/python "$@"
-# What the wheel of Headrace and Transformer Engine are built with: torch brings CUDA's headers, but not the compiler's own (crt).
+# Build dependencies of the Headrace wheel and of Transformer Engine. torch brings CUDA's headers, except the compiler's (crt).
 printf '%s\n' 'cuda-toolkit[crt]' ninja 'setuptools>=77' | lock build --constraint requirements/gpu.txt "$@" -

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv with everything that is pinned in requirements/. Does nothing when it is up to date.
+# Create .venv with the dependencies pinned in requirements/. Does nothing if it is up to date.
 # Usage: scripts/setup.sh [python]
 set -eu
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null || true)" = "$want" 
     exit 2
 }
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-    # Debian keeps what makes virtual environments in a package of its own.
+    # Debian packages ensurepip separately.
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         apt-get update -qq && apt-get install -qq -y "python$version-venv"

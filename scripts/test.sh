@@ -1,6 +1,6 @@
 #!/bin/sh
-# Every tier of tests, one after the other, and a table of how they ended. The cluster's programs are built meanwhile.
-# The cluster tier needs root, or HEADRACE_TEST_KUBECONFIG; where it cannot run it is skipped, and in CI that is a failure.
+# Run every test tier in sequence and print a table of results. The cluster's programs are built in the background.
+# The cluster tier needs root or HEADRACE_TEST_KUBECONFIG. Without either it is skipped; in CI it fails.
 set -u
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -19,14 +19,14 @@ tier() {
 }
 
 build_cluster() {
-    # At a low priority: the tiers below need the processors too.
+    # Low priority: the tiers below need the CPU.
     nice -n 15 make --no-print-directory cluster-build > "$results.build" 2>&1
 }
 
 wait_for_build() {
     wait "$build" && return 0
     cat "$results.build"
-    echo "error: the test cluster's programs were not built"
+    echo "error: failed to build the test cluster's programs"
     return 1
 }
 

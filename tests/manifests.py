@@ -325,9 +325,10 @@ _CHANGES: list[Callable[[Manifests, Json], None]] = [
 
 def as_text(value: Json, rng: random.Random) -> bytes:
     """A manifest as a file: YAML or JSON, and in one of three damaged, repeated or otherwise strange."""
-    text = yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:  # JSON is YAML, and is written in a tenth of the time
         text = json.dumps(value, indent=rng.choice([None, 1]))
+    else:
+        text = yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
     if rng.random() < 0.67:
         return text.encode("utf-8", "surrogatepass")
     lines = text.splitlines()

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import yaml
 
 HEADRACE = Path(sys.executable).parent / "headrace"
+T = TypeVar("T")
 
 STAGES: dict[str, dict[str, Any]] = {
     "corpus": {
@@ -140,12 +141,13 @@ class Workplace:
         """A stage's folder in the default storage."""
         return self.home / "runs/small/artifacts" / stage
 
-    def wait_for(self, condition: Callable[[], bool], *, seconds: float = 120) -> None:
-        """Poll until a condition holds."""
+    def wait_for(self, condition: Callable[[], T], *, seconds: float = 120) -> T:
+        """Poll until a condition holds; what it gave."""
         deadline = time.monotonic() + seconds
-        while not condition():
+        while not (found := condition()):
             assert time.monotonic() < deadline, f"not in {seconds} s; status: {json.dumps(self.status())[:2000]}"
             time.sleep(0.05)
+        return found
 
     def step(self, stage: str) -> int:
         """The step that a running pretrain stage has reported; -1 while another stage runs."""

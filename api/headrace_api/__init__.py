@@ -1,6 +1,6 @@
-"""What everything agrees on: the spec, the status, artifacts, faults and planning arithmetic.
+"""The contract shared by all components: spec, status, artifacts, faults and planning arithmetic.
 
-No torch, no kopf, no boto3: the command line, the operator and the trainer all parse the same classes.
+No torch, kopf or boto3: the command line, the operator and the trainer all parse the same classes.
 """
 
 GROUP = "headrace.dev"

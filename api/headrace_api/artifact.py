@@ -1,6 +1,6 @@
-"""What a finished stage leaves: a manifest of files with digests, written last, so that its presence means done.
+"""Artifacts: what a finished stage leaves. The manifest, with digests, is written last, so its presence means done.
 
-``<storage>/<stage>/artifact.json`` is an ``Artifact``; the files it lists lie below ``<storage>/<stage>/``.
+``<storage>/<stage>/artifact.json`` is an ``Artifact``; its files lie below ``<storage>/<stage>/``.
 """
 
 import hashlib
@@ -18,34 +18,34 @@ ARTIFACT_FILE = "artifact.json"
 
 
 def canonical_digest(value: object) -> str:
-    """sha256 of a JSON value in one canonical spelling."""
+    """SHA-256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stage_hash(config: StageConfig, *, seed: int, inputs: Mapping[str, str]) -> str:
-    """What a stage's result depends on: its typed block, the run's seed and the digests of its inputs.
+    """Digest of what a stage's result depends on: its typed block, the run's seed and its inputs' digests.
 
-    Compute is not part of it, nor is any field that is marked as ``Part.EXECUTION``: the same result is wanted from any
-    number of nodes, in any layout.
+    Excludes compute and fields marked ``Part.EXECUTION``: the result must not depend on the number of nodes or the
+    layout.
 
     Args:
         config: the typed block.
         seed: the run's seed.
-        inputs: slot -> digest of the artifact in it.
+        inputs: slot -> digest of its artifact.
     """
     return canonical_digest(_made_of(config, seed=seed, inputs=inputs, without=(Part.EXECUTION,)))
 
 
 def resume_identity(config: StageConfig, *, seed: int, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What two runs of a stage must have in common for the one to go on from the other's checkpoint.
+    """What two runs of a stage must share for one to resume from the other's checkpoint.
 
-    It is what ``stage_hash`` is made of, without the fields that are marked as ``Part.EXTENT``.
+    The input of ``stage_hash``, without the fields marked ``Part.EXTENT``.
 
     Args:
         config: the typed block.
         seed: the run's seed.
-        inputs: slot -> digest of the artifact in it.
+        inputs: slot -> digest of its artifact.
     """
     return _made_of(config, seed=seed, inputs=inputs, without=(Part.EXECUTION, Part.EXTENT))
 
@@ -71,37 +71,37 @@ class Artifact(Spec):
     kind: ArtifactKind
     """kind is what the files are."""
     run: str
-    """run is the name of the run that made it."""
+    """run is the name of the run that produced it."""
     stage: str
-    """stage is the name of the stage that made it."""
+    """stage is the name of the stage that produced it."""
     hash: str
-    """hash is the stage_hash it was made for."""
+    """hash is the stage_hash it was produced for."""
     inputs: dict[str, str] = Field(default_factory=dict)
     """inputs maps slots to the digests of the artifacts that were read."""
     files: list[ArtifactFile] = Field(default_factory=list)
-    """files are listed by path."""
+    """files is sorted by path."""
     metrics: Figures = Field(default_factory=dict)
-    """metrics are the figures that the stage ends with; those that are not finite are left out."""
+    """metrics are the stage's final metrics, without non-finite ones."""
     created_at: datetime
     """createdAt is when the stage finished."""
     duration_seconds: float = Field(ge=0)
-    """durationSeconds is the time the finishing attempt took."""
+    """durationSeconds is how long the successful attempt took."""
 
     @property
     def digest(self) -> str:
-        """What the artifact is, whoever made it and whenever: kind, hash and the files' digests."""
+        """Identifies the content, whoever produced it and when: kind, hash and the files' digests."""
         files = [[f.path, f.bytes, f.sha256] for f in self.files]
         return canonical_digest({"kind": self.kind, "hash": self.hash, "files": files})
 
 
 class ArtifactRef(Spec):
-    """An artifact by its address and digest; a part of statuses, which keep what a newer operator left."""
+    """A reference to an artifact, by URI and digest. Part of statuses, so unknown fields are kept."""
 
     model_config = Spec.model_config | {"extra": "allow"}
 
     uri: Uri
-    """uri is the folder of the stage that made it."""
+    """uri is the folder of the stage that produced it."""
     digest: str = Field(max_length=64)
-    """digest is Artifact.digest; a reader refuses another."""
+    """digest is Artifact.digest; readers refuse any other."""
     kind: ArtifactKind
     """kind is what the files are."""

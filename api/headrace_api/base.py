@@ -1,7 +1,7 @@
-"""The base class of every spec, and the scalar types that people write: ``140G``, ``30m``, ``s3://...``.
+"""The base class of every spec, and the scalar types of manifests: ``140G``, ``30m``, ``s3://...``.
 
-In: YAML values. Out: numbers and strings with one meaning. Each type says its rules twice, for this process and for the
-API server (patterns, and CEL where a pattern cannot say it), and refuses with the remedy. ``errors.py`` prints them.
+In: YAML values. Out: numbers and strings with one meaning. Each type states its rules twice, for this process and for
+the API server (patterns, and CEL where a pattern is not enough). Each error states the remedy; ``errors.py`` prints it.
 """
 
 import math
@@ -29,16 +29,16 @@ JsonSchema = dict[str, Any]
 
 
 class Part(Enum):
-    """What a field has to do with a stage's result, put into the field's ``Annotated``; a field without one decides it."""
+    """How a field affects a stage's result; set in its ``Annotated``. An unmarked field determines the result."""
 
     EXECUTION = "execution"
-    """How the work is done: the result is the same with another value, and what is done stays done."""
+    """How the work is done. A change does not affect the result, so finished work stays valid."""
     EXTENT = "extent"
-    """How far the work goes: the result is another one with another value, but what was done so far fits it."""
+    """How far the work goes. A change affects the result, but work done so far stays valid."""
 
 
 class Spec(BaseModel):
-    """A block of a manifest: camelCase outside, snake_case inside, unknown fields refused, values frozen."""
+    """A block of a manifest: camelCase outside, snake_case inside; unknown fields are rejected; immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -50,11 +50,11 @@ class Spec(BaseModel):
     )
 
     def dump(self) -> dict[str, Any]:
-        """The block as plain JSON values with the manifest's field names; unset optional fields are left out."""
+        """The block as JSON values under the manifest's field names, without unset optional fields."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
-        """The block as plain JSON values, without the fields that are marked as one of ``parts``."""
+        """The block as JSON values, without fields marked as one of ``parts``."""
         dumped, fields = self.dump(), type(self).model_fields.items()
         return {
             alias: _dump_without(getattr(self, name), dumped[alias], parts)
@@ -73,7 +73,7 @@ def _dump_without(value: object, dumped: Any, parts: Collection[Part]) -> Any:
 
 
 class FieldError(ValueError):
-    """A bad value that people wrote: which field (dotted, below the block that raises), the value, and what to do."""
+    """An invalid value in a manifest: the field (dotted, relative to the block that raises), the value, the remedy."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
         super().__init__(f"{field}: {value!r}: {remedy}")
@@ -81,24 +81,23 @@ class FieldError(ValueError):
 
 
 def rule(cel: str, message: str) -> JsonSchema:
-    """A CEL rule with the message of the API server's refusal."""
+    """A CEL rule and the API server's error message for it."""
     return {"rule": cel, "message": message}
 
 
 def api_rules(*rules: JsonSchema) -> ConfigDict:
-    """``model_config`` of a block whose checks the API server makes too: ``model_config = api_rules(rule(...))``."""
+    """``model_config`` of a block with CEL rules: ``model_config = api_rules(rule(...))``."""
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(rules)})
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Text that a pattern describes as a whole. The pattern must mean the same to Python and to Go's RE2."""
+    """Text that matches a pattern as a whole. The pattern must mean the same in Python and in Go's RE2."""
 
     pattern: str
     remedy: str
 
     def check(self, value: str) -> str:
-        """The value, if it matches."""
         if re.fullmatch(self.pattern, value) is None:
             raise ValueError(self.remedy)
         return value
@@ -113,7 +112,7 @@ class Matches:
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _SUFFIXES |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _QUANTITY = (
-    # No more decimals than the suffix makes whole.
+    # At most as many decimals as the suffix turns into a whole number.
     r"^[0-9]{1,15}(|[kMGBT]|[KMGT]i|\.[0-9]{1,3}k|\.[0-9]{1,6}M|\.[0-9]{1,9}[GB]|\.[0-9]{1,12}T"
     r"|\.(5|25|75|125|375|625|875)[KMGT]i)$"
 )
@@ -127,12 +126,14 @@ _MOST_STEPS = 999_999_999
 
 
 def parse_quantity(value: object) -> object:
-    """``140G`` -> 140_000_000_000, ``64Mi`` -> 67_108_864; whatever is not text passes through."""
+    """``140G`` -> 140_000_000_000, ``64Mi`` -> 67_108_864. Anything but text passes through."""
     if not isinstance(value, str):
         return value
     parts = _QUANTITY_PARTS.fullmatch(value)
     if parts is None:
-        raise ValueError("not a quantity; write a number with an optional suffix k, M, G, T, Ki, Mi or Gi, as 140G")
+        raise ValueError(
+            "not a quantity; write a number with an optional suffix k, M, G, T, Ki, Mi or Gi, such as 140G"
+        )
     if re.fullmatch(_QUANTITY, value) is None:
         raise ValueError("not a whole number once its suffix is applied; write fewer decimals, or a smaller suffix")
     whole, decimals, suffix = parts.groups()
@@ -143,27 +144,27 @@ def parse_duration(value: str) -> float:
     """Seconds in ``30m``, ``120s``, ``1.5h``.
 
     Raises:
-        ValueError: the text has no number with a unit of ms, s, m, h or d.
+        ValueError: not a number with a unit of ms, s, m, h or d.
     """
     parts = _DURATION_PARTS.fullmatch(value)
     if parts is None:
-        raise ValueError("not a duration; write a number with a unit of ms, s, m, h or d, as 30m")
+        raise ValueError("not a duration; write a number with a unit of ms, s, m, h or d, such as 30m")
     return float(parts[1]) * _SECONDS[parts[2]]
 
 
 def _check_cadence(value: object) -> object:
     if isinstance(value, str) and not re.fullmatch(_STEPS, value):
         if parse_duration(value) <= 0:
-            raise ValueError("must be above 0; write a number of steps, as 100, or a duration, as 30m")
+            raise ValueError("must be above 0; write a number of steps, such as 100, or a duration, such as 30m")
         return value
     steps = int(value) if isinstance(value, str) else value
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MOST_STEPS:
-        raise ValueError(f"write a number of steps from 1 to {_MOST_STEPS}, as 100, or a duration, as 30m")
+        raise ValueError(f"write a number of steps from 1 to {_MOST_STEPS}, such as 100, or a duration, such as 30m")
     return steps
 
 
 class _IntOrString:
-    """The schema of a whole number that may be written with a suffix. ``crd.py`` makes its bounds a CEL rule."""
+    """Schema of a whole number with an optional suffix. ``crd.py`` turns its bounds into a CEL rule."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
         bounds = {k: v for k, v in handler(schema).items() if k in ("minimum", "maximum")}
@@ -172,22 +173,22 @@ class _IntOrString:
 
 
 Quantity = Annotated[int, BeforeValidator(parse_quantity), _IntOrString()]
-"""A count that may be written with a suffix."""
+"""A count, with an optional suffix."""
 
 
 MOST = 10**15
-"""The largest count that any field takes: double precision still tells it from the next one."""
+"""The upper bound of any count: doubles up to here still represent every integer."""
 
 
 def cel_number(field: str) -> str:
-    """A ``Quantity`` as a double in CEL, off by less than a half. Kubernetes has no suffix B."""
+    """A ``Quantity`` as a double in CEL, with an error below one half. Kubernetes does not know the suffix B."""
     text = f"quantity({field}.replace('B', 'G')).asApproximateFloat()"
     return f"(type({field}) == int ? double({field}) : {text})"
 
 
 _CADENCE_RULE = rule(
     f"type(self) == int ? self >= 1 && self <= {_MOST_STEPS} : self.matches('[1-9]')",
-    f"must be above 0: a number of steps up to {_MOST_STEPS}, as 100, or a duration, as 30m",
+    f"must be above 0: a number of steps up to {_MOST_STEPS}, such as 100, or a duration, such as 30m",
 )
 
 Cadence = Annotated[
@@ -202,12 +203,12 @@ Cadence = Annotated[
         }
     ),
 ]
-"""Every so many steps (a number) or every so much time (``30m``)."""
+"""An interval: a number of steps, or a duration (``30m``)."""
 
 
 def _check_duration(value: object) -> object:
     if not isinstance(value, str) or parse_duration(value) <= 0:
-        raise ValueError("must be above 0; write a number with a unit of ms, s, m, h or d, as 30m")
+        raise ValueError("must be above 0; write a number with a unit of ms, s, m, h or d, such as 30m")
     return value
 
 
@@ -219,11 +220,11 @@ Duration = Annotated[
             "type": "string",
             "pattern": _DURATION,
             "maxLength": _QUANTITY_LENGTH,
-            "x-kubernetes-validations": [rule("self.matches('[1-9]')", "must be above 0, as 30m")],
+            "x-kubernetes-validations": [rule("self.matches('[1-9]')", "must be above 0, such as 30m")],
         }
     ),
 ]
-"""An amount of time, more than none: ``30m``."""
+"""A positive duration, such as ``30m``."""
 
 
 def _is_finite(value: object) -> bool:
@@ -242,20 +243,20 @@ def _only_finite(value: object) -> object:
 
 
 Figure = Annotated[float | None, BeforeValidator(_finite_or_none)]
-"""A measured number. One that is not finite is as good as none: JSON cannot hold it, and arithmetic trips over it."""
+"""A measured number; a non-finite one counts as unset, since JSON cannot represent it."""
 
 Figures = Annotated[dict[str, float], BeforeValidator(_only_finite)]
-"""Measured numbers by name; those that are not finite are left out, and the others still read."""
+"""Measured numbers by name. Non-finite ones are dropped."""
 
 Name = Annotated[
     str,
     Field(max_length=40),
     Matches(
         r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
-        "write lower-case letters, digits and hyphens, beginning with a letter and ending with a letter or digit",
+        "write lower-case letters, digits and hyphens, starting with a letter and ending with a letter or digit",
     ),
 ]
-"""A name that may become part of a Kubernetes object's name."""
+"""A name that can be part of a Kubernetes object's name."""
 
 ObjectName = Annotated[
     str,
@@ -265,17 +266,17 @@ ObjectName = Annotated[
         "write the object's name: lower-case letters, digits, hyphens and dots",
     ),
 ]
-"""The name of a Kubernetes object that somebody else made."""
+"""The name of an existing Kubernetes object."""
 
 Line = Annotated[
     str,
     Field(min_length=1),
     Matches(r"^[^\x00-\x1f\x7f]*$", "write one line, without tabs, line breaks and other control characters"),
 ]
-"""Text of one line."""
+"""A single line of text."""
 
 Uri = Annotated[str, Field(min_length=1, max_length=1024)]
-"""An ``s3://bucket/key`` address, a ``file://`` address or a path."""
+"""An ``s3://bucket/key`` URI, a ``file://`` URI or a path."""
 
 _BUCKET = r"^s3://\w[\w.-]{1,62}(/|$)"
 _SCHEMES = "only S3 and directories can be read: write s3://bucket/prefix, file:///folder or a path"
@@ -302,4 +303,4 @@ StoredUri = Annotated[
     ),
     AfterValidator(_check_scheme),
 ]
-"""A ``Uri`` that people write, of a kind that ``headrace_trainer.storage`` opens."""
+"""A ``Uri`` in a manifest, of a scheme that ``headrace_trainer.storage`` can open."""

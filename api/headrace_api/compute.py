@@ -1,4 +1,4 @@
-"""The machines of a stage: pods, GPUs, processes."""
+"""The compute resources of a stage: pods, GPUs, processes."""
 
 import re
 from typing import Annotated, Self
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from headrace_api.base import MOST, FieldError, Matches, Quantity, Spec, api_rules, rule
 
 _CORES = r"^([0-9]{1,6}(\.[0-9]{1,3})?|[0-9]{1,9}m)$"
-_CORES_REMEDY = "write a number of processors above 0, as 4, 0.5 or 500m"
+_CORES_REMEDY = "write a number of CPUs above 0, such as 4, 0.5 or 500m"
 
 
 def _cores(value: object) -> object:
@@ -33,29 +33,29 @@ Cores = Annotated[
         }
     ),
 ]
-"""A number of processors, as Kubernetes writes it."""
+"""A number of CPUs in Kubernetes notation."""
 
 
 class Compute(Spec):
-    """The machines of a stage."""
+    """The compute resources of a stage."""
 
     model_config = api_rules(
         rule(
             "self.gpusPerNode == 0 || !has(self.ranksPerNode) || self.ranksPerNode <= self.gpusPerNode",
-            "ranksPerNode must be at most gpusPerNode: each rank has a GPU of its own",
+            "ranksPerNode must be at most gpusPerNode: each rank needs its own GPU",
         )
     )
 
     nodes: int = Field(1, ge=1, le=20_000)
-    """nodes is the number of pods, one a node."""
+    """nodes is the number of pods, one per node."""
     gpus_per_node: int = Field(0, ge=0, le=16)
-    """gpusPerNode is the number of GPUs of a pod; 0 trains on CPUs."""
+    """gpusPerNode is the number of GPUs per pod; 0 trains on CPUs."""
     ranks_per_node: int | None = Field(None, ge=1, le=256)
-    """ranksPerNode is the number of processes of a pod: gpusPerNode, or 1 on CPUs, if unset."""
+    """ranksPerNode is the number of processes per pod; defaults to gpusPerNode, or to 1 on CPUs."""
     cpu: Cores | None = None
-    """cpu is the processor request of a pod, as 4 or 500m."""
+    """cpu is the CPU request of each pod, such as 4 or 500m."""
     memory: Quantity | None = Field(None, ge=1, le=MOST)
-    """memory is the memory request and limit of a pod, as 16Gi."""
+    """memory is the memory request and limit of each pod, such as 16Gi."""
 
     @model_validator(mode="after")
     def _one_gpu_each(self) -> Self:
@@ -63,23 +63,23 @@ class Compute(Spec):
             raise FieldError(
                 "ranksPerNode",
                 self.ranks_per_node,
-                f"must be at most gpusPerNode, {self.gpus_per_node}: each rank has a GPU of its own",
+                f"must be at most gpusPerNode, {self.gpus_per_node}: each rank needs its own GPU",
             )
         return self
 
     @property
     def ranks(self) -> int:
-        """Processes of one pod."""
+        """Processes per pod."""
         return self.ranks_per_node or max(1, self.gpus_per_node)
 
     @property
     def world(self) -> int:
-        """Processes of the gang."""
+        """Processes in the gang."""
         return self.nodes * self.ranks
 
     @property
     def ranks_field(self) -> str:
-        """The name of the field that decides how many processes a pod has."""
+        """The field that determines the number of processes per pod."""
         return "gpusPerNode" if self.ranks_per_node is None else "ranksPerNode"
 
 

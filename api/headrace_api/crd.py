@@ -1,7 +1,7 @@
-"""Generates the CustomResourceDefinitions: ``python -m headrace_api.crd`` writes them, ``--check`` compares.
+"""Generates the CustomResourceDefinitions. ``python -m headrace_api.crd`` writes them, ``--check`` compares.
 
 In: the pydantic classes. Out: structural OpenAPI schemas with descriptions, defaults, bounds, CEL rules and columns.
-What pydantic checks and CEL can say is also a CEL rule, so that the API server refuses it with the same remedy.
+Checks that CEL can express are also CEL rules, so that the API server rejects a manifest with the same remedy.
 """
 
 import sys
@@ -19,10 +19,10 @@ from headrace_api.runtime import TrainingRuntime
 Schema = dict[str, Any]
 
 FOLDERS = ("manifests/crd", "charts/headrace/files/crd")
-"""Where the files are written, below the repository's root. Helm reads only what is inside the chart."""
+"""Where the files go, relative to the repository root. Helm reads only files inside the chart."""
 
 _BOUND = 1_048_576
-"""The length of a string, and _ITEMS that of a list, that has no bound of its own: CEL's cost is estimated from them."""
+"""The default bound of a string's length (_ITEMS: a list's). CEL's cost estimate needs one."""
 _ITEMS = 64
 _DROPPED = ("title", "$defs", "additionalProperties", "discriminator", "examples")
 
@@ -77,7 +77,7 @@ def _crd(kind: str, plural: str, *, scope: str, short: str, version: Schema) -> 
 def _object_schema(model: type[TrainingRun] | type[TrainingRuntime]) -> Schema:
     raw = model.model_json_schema(by_alias=True, mode="validation")
     schema = _structural(raw, raw.get("$defs", {}))
-    # The API server owns these three; a schema of ours would only get in its way.
+    # The API server owns these three; a full schema of ours would only interfere.
     schema["properties"]["apiVersion"] = {"type": "string"}
     schema["properties"]["kind"] = {"type": "string"}
     name = _structural(ObjectMeta.model_json_schema(by_alias=True)["properties"]["name"], {})
@@ -89,7 +89,7 @@ def _object_schema(model: type[TrainingRun] | type[TrainingRuntime]) -> Schema:
 
 
 def _without_defaults(node: Any) -> Any:
-    """A status is what was observed: the API server must not fill anything in."""
+    """A status holds observations: the API server must not fill in defaults."""
     if isinstance(node, list):
         return [_without_defaults(v) for v in node]
     if not isinstance(node, dict):
@@ -98,7 +98,7 @@ def _without_defaults(node: Any) -> Any:
 
 
 def _structural(node: Schema, defs: Schema) -> Schema:
-    """A JSON schema node as Kubernetes wants it: no references, no unions with null, every list and string bounded."""
+    """A schema node in Kubernetes' dialect: no references, no unions with null, every list and string bounded."""
     node = _resolve(node, defs)
     default = node.get("default")
     out = {k: v for k, v in node.items() if k not in (*_DROPPED, "default", "anyOf", "allOf", "const")}
@@ -129,8 +129,8 @@ def _structural(node: Schema, defs: Schema) -> Schema:
 
 
 def _property(node: Schema, defs: Schema, *, required: bool) -> Schema:
-    """A field's schema. A block that may be left out, and is not nothing then, defaults to the defaults of its fields:
-    spelled out, because a default has to satisfy the block's rules before any other is filled in."""
+    """A field's schema. An optional, non-nullable block defaults to its fields' defaults, spelled out: Kubernetes
+    checks a default against the block's rules before it fills in any other default."""
     out = _structural(node, defs)
     may_be_nothing = any(option.get("type") == "null" for option in node.get("anyOf", []))
     if "properties" in out and not required and not may_be_nothing:
@@ -139,7 +139,7 @@ def _property(node: Schema, defs: Schema, *, required: bool) -> Schema:
 
 
 def _resolve(node: Schema, defs: Schema) -> Schema:
-    """Follow ``$ref`` and ``X | None``; what the referring field says (its description) wins over the class."""
+    """Resolve ``$ref`` and ``X | None``. The field's own description wins over the class's."""
     options = [o for o in node.get("anyOf", []) if o.get("type") != "null"]
     if len(options) == 1:
         node = {**options[0], **{k: v for k, v in node.items() if k != "anyOf"}}
@@ -150,7 +150,7 @@ def _resolve(node: Schema, defs: Schema) -> Schema:
 
 
 def _list_kind(items: Schema) -> Schema:
-    """Lists of named things merge by name under server-side apply, conditions by type; others are replaced whole."""
+    """Under server-side apply, lists of named items merge by name, conditions by type; others are replaced whole."""
     properties = items.get("properties", {})
     for key in ("name", "type"):
         if key in properties and key in items.get("required", []):
@@ -159,7 +159,7 @@ def _list_kind(items: Schema) -> Schema:
 
 
 def _bound_numbers(out: Schema) -> None:
-    """Kubernetes spells exclusive bounds as a flag beside the bound, and wants a format for integers."""
+    """Kubernetes writes exclusive bounds as a flag next to the bound, and wants a format for integers."""
     for exclusive, plain in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if exclusive in out:
             out[plain], out[exclusive] = out[exclusive], True
@@ -168,7 +168,7 @@ def _bound_numbers(out: Schema) -> None:
 
 
 def _bound_quantity(out: Schema) -> None:
-    """Bounds of a number that may have a suffix: ``minimum`` says nothing of text, so they are a CEL rule."""
+    """Turn the bounds of a quantity into a CEL rule: ``minimum`` does not apply to text."""
     for names, compare, words in ((("minimum", "ge"), ">=", "at least"), (("maximum", "le"), "<=", "at most")):
         for bound in [out.pop(name) for name in names if name in out]:
             cel = f"{cel_number('self')} {compare} {bound}.0"
@@ -177,7 +177,7 @@ def _bound_quantity(out: Schema) -> None:
 
 
 def render(crd: Schema) -> str:
-    """The file's text."""
+    """The text of a CRD file."""
     text: str = yaml.dump(crd, Dumper=_WithoutAliases, sort_keys=False, width=120)
     return "# Generated by `python -m headrace_api.crd`; do not edit.\n" + text
 
@@ -190,18 +190,18 @@ class _WithoutAliases(yaml.SafeDumper):
 
 
 def files() -> Iterator[tuple[str, str]]:
-    """Path below the repository's root -> text."""
+    """Path relative to the repository root -> text."""
     for folder in FOLDERS:
         for crd in (run_crd(), runtime_crd()):
             yield f"{folder}/{crd['metadata']['name']}.yaml", render(crd)
 
 
 def main(argv: list[str]) -> int:
-    """Write the files below the working directory, or with ``--check`` say which differ."""
+    """Write the files below the working directory; with ``--check``, report the stale ones instead."""
     stale = [path for path, text in files() if not Path(path).exists() or Path(path).read_text() != text]
     if "--check" in argv:
         for path in stale:
-            print(f"{path}: differs from the classes; run `make crds`")
+            print(f"{path}: out of date; run `make crds`")
         return 1 if stale else 0
     for path, text in files():
         Path(path).parent.mkdir(parents=True, exist_ok=True)

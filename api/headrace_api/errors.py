@@ -1,7 +1,7 @@
-"""One boundary for bad manifests: whatever a file or an object holds, the answer is a run or a ``ManifestError``.
+"""The one boundary for bad manifests: whatever a file or object holds, the result is a run or a ``ManifestError``.
 
-Every line of it names the field, the value and the remedy. In: a file, or an object from the API server. Next:
-``plain_yaml`` reads text, the classes of ``run`` check values, ``words`` says what is wrong with one.
+Each line of the error names field, value and remedy. In: a file, or an object from the API server. Next: ``plain_yaml``
+reads text, the classes of ``run`` validate values, ``words`` phrases the errors.
 """
 
 import difflib
@@ -21,17 +21,17 @@ from headrace_api.run import ObjectMeta, RunStatus, TrainingRun, cluster_errors
 from headrace_api.words import Location, blocks_in, describe, line, unknown
 
 MAX_BYTES = 1_048_576
-"""The largest file that is read: no object of Kubernetes is larger."""
+"""The largest manifest file. Kubernetes objects cannot be larger either."""
 
 _MOST_BITS = 128
-"""Of a whole number: beyond any field's bound, and short enough to be printed."""
+"""Size limit of a whole number: above any field's bound, and short enough to print."""
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be run.
+    """An invalid manifest.
 
     Attributes:
-        problems: one line each.
+        problems: one line per problem.
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -40,17 +40,17 @@ class ManifestError(ValueError):
 
 
 class Body(StrEnum):
-    """Where a run is to be carried out. A cluster has no folder that paths could be relative to, and no default storage."""
+    """Where a run will execute. In a cluster, relative paths have no meaning and there is no default storage."""
 
     LOCAL = "local"
     CLUSTER = "cluster"
 
 
 def load_run(path: Path) -> TrainingRun:
-    """Read the TrainingRun of a YAML file; other objects in it are left alone, and so is a status.
+    """Read the TrainingRun from a YAML file. Ignores other objects in it, and any status.
 
     Raises:
-        ManifestError: the file is missing, is not YAML, or does not describe a valid run.
+        ManifestError: the file is missing, is not YAML, or holds no valid run.
     """
     try:
         documents = read_documents(_text(path))
@@ -62,10 +62,10 @@ def load_run(path: Path) -> TrainingRun:
 
 
 def _text(path: Path) -> str:
-    """The file's text.
+    """Read a manifest file.
 
     Raises:
-        FieldError: it is no ordinary file of bounded size, or not text.
+        FieldError: not a regular file, too large, or not text.
     """
     try:
         found = path.stat()
@@ -107,7 +107,7 @@ def _only_run(path: Path, documents: Sequence[Any]) -> dict[str, Any]:
 
 
 def _means_a_run(document: dict[str, Any]) -> bool:
-    """Whether a document without ``kind: TrainingRun`` should have had it."""
+    """Whether a document without ``kind: TrainingRun`` was meant to be one."""
     kind = document.get("kind")
     if not isinstance(kind, str):
         return True
@@ -119,18 +119,18 @@ def parse_run(value: Mapping[str, Any], *, body: Body = Body.LOCAL) -> TrainingR
     """Validate a TrainingRun.
 
     Args:
-        value: the object, as read from YAML or JSON; its status as any operator may have left it.
-        body: where it is to run; ``CLUSTER`` accepts what the API server accepts, by the definition in ``crd.py``.
+        value: the object, as read from YAML or JSON; its status may come from any operator version.
+        body: where it will run; ``CLUSTER`` accepts what the API server accepts with the CRD from ``crd.py``.
 
     Raises:
-        ManifestError: with one line for each problem.
+        ManifestError: one line per problem.
     """
     plain = _normal({k: v for k, v in value.items() if k != "status"}, TrainingRun)
     problems = _unknown_metadata(plain)
     try:
-        # From JSON, strictly: a date, a number or a boolean is never taken for another. Field names are the manifest's.
+        # Strict and from JSON: dates, numbers and booleans are never converted into one another.
         run = TrainingRun.model_validate_json(json.dumps(plain, default=str), strict=True, by_alias=True, by_name=False)
-        # What an operator wrote is read as far as it can be read.
+        # A status is read leniently, since any operator version may have written it.
         status = RunStatus.model_validate(value.get("status") or {})
     except ValidationError as error:
         raise ManifestError([*(describe(e, TrainingRun) for e in error.errors()), *problems]) from error
@@ -142,19 +142,20 @@ def parse_run(value: Mapping[str, Any], *, body: Body = Body.LOCAL) -> TrainingR
 
 
 def _normal(value: Any, model: type[BaseModel] | None, path: Location = ()) -> Any:
-    """A value as the API server takes it: a key without a value is a key left out, and 16.0 is the whole number 16.
+    """Normalise a value like the API server: a key without a value is dropped, and 16.0 becomes 16.
 
     Args:
         value: a part of the manifest.
-        model: the class of the block, or of the blocks in the list, that it is; unknown fields of one are kept, even
-            empty, so that they are refused.
+        model: the class of this block, or of the blocks in this list. Its unknown fields are kept even if empty, so
+        that
+            they are rejected.
         path: where it is.
 
-    Raises:
+    ManifestError: a value that JSON cannot represent.
         ManifestError: it holds what JSON cannot carry and no field can mean.
     """
     if len(path) > MAX_DEPTH:
-        raise ManifestError([f"{dotted(path[:4])}: a block in a block, {MAX_DEPTH} times: is a bracket left open?"])
+        raise ManifestError([f"{dotted(path[:4])}: nested more than {MAX_DEPTH} deep: is a bracket left open?"])
     if isinstance(value, list):
         return [_normal(item, model, (*path, i)) for i, item in enumerate(value)]
     if isinstance(value, dict):
@@ -171,7 +172,7 @@ def _normal(value: Any, model: type[BaseModel] | None, path: Location = ()) -> A
 
 
 def _unknown_metadata(value: Mapping[str, Any]) -> list[str]:
-    """What the API server says of metadata: its class here ignores what it does not read."""
+    """Reject unknown metadata fields as the API server does; ``ObjectMeta`` itself ignores fields it does not read."""
     metadata = value.get("metadata")
     if not isinstance(metadata, dict):
         return []

@@ -1,7 +1,7 @@
-"""The one table of faults: exit codes and what Kubernetes says of a pod -> a class; a class -> the budget it costs.
+"""The fault table: exit codes and pod conditions -> a fault class; a class -> the budget it costs.
 
-The trainer exits with these codes and writes an ``Outcome`` as its termination message; the operator and the local
-body classify with ``classify`` and ``plan`` decides.
+The trainer exits with these codes and writes an ``Outcome`` as its termination message. The operator and the local body
+use ``classify``; ``plan`` decides.
 """
 
 from collections.abc import Iterable
@@ -11,21 +11,21 @@ from headrace_api.base import Figures, Spec
 
 
 class ExitCode(IntEnum):
-    """What a pod's exit code says when its termination message was lost."""
+    """A pod's exit code. It stands in for a lost termination message."""
 
     OK = 0
     USER = 2
-    """Bad configuration or bad data; running it again gives the same."""
+    """Bad configuration or data; a retry would fail the same way."""
     PROCESS = 70
     """A rank died or a collective failed, with no sign of a bad node (EX_SOFTWARE)."""
     STORAGE = 74
-    """Storage did not answer or gave corrupt data (EX_IOERR)."""
+    """Storage did not answer or returned corrupt data (EX_IOERR)."""
     STOPPED = 75
-    """Asked to stop, and stopped with its work saved (EX_TEMPFAIL)."""
+    """Stopped on request, with the work saved (EX_TEMPFAIL)."""
 
 
 class FaultClass(StrEnum):
-    """What kind of thing went wrong; the remedy and the budget follow from it."""
+    """The kind of fault; determines the remedy and the budget."""
 
     USER = "user"
     PROCESS = "process"
@@ -34,11 +34,11 @@ class FaultClass(StrEnum):
     STORAGE = "storage"
     STOPPED = "stopped"
     CAPACITY = "capacity"
-    """Nothing is wrong, but there is no room now: a quota is used up, or a name is taken."""
+    """Not a failure, but no room at the moment: an exhausted quota, or a name that is taken."""
 
 
 class Budget(StrEnum):
-    """Which of the run's two budgets a fault is charged to."""
+    """The retry budget that a fault is charged to."""
 
     USER = "user"
     INFRA = "infra"
@@ -52,7 +52,7 @@ BUDGETS: dict[FaultClass, Budget] = {
     FaultClass.STORAGE: Budget.INFRA,
     FaultClass.STOPPED: Budget.INFRA,
 }
-"""What a failure is charged to. CAPACITY is waited for instead; a stop that was asked for is not a failure."""
+"""The budget of each fault class. CAPACITY is waited for instead; a requested stop is not a failure."""
 
 _EXIT_CODES: dict[int, FaultClass] = {
     ExitCode.USER: FaultClass.USER,
@@ -63,12 +63,12 @@ _EXIT_CODES: dict[int, FaultClass] = {
 
 
 class Outcome(Spec):
-    """What an attempt says at its end: the pod's termination message. Fields of a newer trainer are passed over."""
+    """How an attempt ended: the pod's termination message. Unknown fields are ignored."""
 
     model_config = Spec.model_config | {"extra": "ignore"}
 
     fault: FaultClass | None = None
-    """fault is the class of what went wrong; unset after success."""
+    """fault is the class of the failure; unset after success."""
     reason: str = "Succeeded"
     """reason is one CamelCase word for conditions and metrics."""
     message: str = ""
@@ -76,21 +76,21 @@ class Outcome(Spec):
     step: int | None = None
     """step is the last finished step."""
     rank: int | None = None
-    """rank is the one that failed first."""
+    """rank is the rank that failed first."""
     node: str | None = None
     """node is where the pod ran."""
     artifact_digest: str | None = None
-    """artifactDigest is the digest of the artifact that a successful attempt left."""
+    """artifactDigest is the digest of the artifact that a successful attempt produced."""
     metrics: Figures = {}
-    """metrics are the figures that the stage ends with; those that are not finite are left out."""
+    """metrics are the stage's final metrics, without non-finite ones."""
 
 
 def classify(exit_code: int | None, *, pod_reason: str = "") -> Outcome:
-    """The outcome of a pod that left no termination message.
+    """The outcome of a pod without a termination message.
 
     Args:
-        exit_code: the container's exit code; None where the pod vanished before it had one.
-        pod_reason: what Kubernetes says of the pod, as Evicted or OOMKilled.
+        exit_code: the container's exit code; None if the pod vanished before it had one.
+        pod_reason: Kubernetes' reason, such as Evicted or OOMKilled.
     """
     if exit_code == ExitCode.OK:
         return Outcome()
@@ -109,14 +109,14 @@ _MOST_TELLING = (
     FaultClass.STALL,
     FaultClass.PROCESS,
 )
-"""When one rank reads bad data, hangs, or loses its pod, the others only wait, or see a closed connection."""
+"""Root causes first: when one rank reads bad data, hangs or loses its pod, its peers only wait or lose connections."""
 
 
 def most_telling(outcomes: Iterable[Outcome]) -> Outcome | None:
-    """The failure that explains the others: the first of the most telling class; None if nothing failed.
+    """The failure that explains the others: the first of the most telling class. None if nothing failed.
 
     Args:
-        outcomes: of the ranks of a pod, or of the pods of a gang, the earliest first.
+        outcomes: of a pod's ranks, or of a gang's pods, earliest first.
     """
     faults = [(fault, o) for o in outcomes if (fault := o.fault) is not None]
     return min(faults, key=lambda f: _MOST_TELLING.index(f[0]), default=(None, None))[1]

@@ -1,7 +1,7 @@
-"""Architectures: the Llama family's shape, presets, and how many parameters they have.
+"""Architectures: the Llama family's dimensions, presets, and parameter counts.
 
-In: the ``model`` block of a stage. Out: an ``Architecture`` with every dimension filled in; ``planning`` and the
-trainer's ``model`` read it.
+In: a stage's ``model`` block. Out: an ``Architecture`` with every dimension filled in, for ``planning`` and the
+trainer's ``model``.
 """
 
 from collections.abc import Collection
@@ -12,36 +12,36 @@ from pydantic import Field, model_validator
 from headrace_api.base import FieldError, Part, Spec, api_rules, rule
 
 VOCAB_MULTIPLE = 1024
-"""Every layout pads the vocabulary to a multiple of this: 128 for each of up to 8 tensor ranks. One width for all
-layouts, because padded columns would otherwise change the softmax, and checkpoints could not move."""
+"""Every layout pads the vocabulary to a multiple of this: 128 for each of up to 8 tensor ranks. The width is the same
+for all layouts, so that checkpoints can move between them."""
 
 
 def padded_vocab(vocab_size: int) -> int:
-    """The width of the embedding and output matrices for a vocabulary of ``vocab_size`` tokens."""
+    """The padded width of the embedding and output matrices."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Architecture(Spec):
-    """A decoder of the Llama family: RMSNorm before each block, SwiGLU, rotary positions, grouped-query attention."""
+    """A Llama-style decoder: pre-RMSNorm, SwiGLU, rotary embeddings, grouped-query attention."""
 
     layers: int = Field(ge=1, le=10_000)
     """layers is the number of transformer blocks."""
     hidden_size: int = Field(ge=8, le=2**20)
     """hiddenSize is the width of the residual stream."""
     heads: int = Field(ge=1, le=2**16)
-    """heads is the number of query heads; it divides hiddenSize."""
+    """heads is the number of query heads; must divide hiddenSize."""
     kv_heads: int = Field(ge=1, le=2**16)
-    """kvHeads is the number of key and value heads; it divides heads."""
+    """kvHeads is the number of key and value heads; must divide heads."""
     ffn_hidden_size: int = Field(ge=8, le=2**22)
     """ffnHiddenSize is the inner width of the SwiGLU feed-forward block."""
     rope_base: float = Field(10_000.0, gt=0)
-    """ropeBase is the base of the rotary frequencies."""
+    """ropeBase is the base of the rotary embedding frequencies."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """normEpsilon is added to the variance in RMSNorm."""
     init_std: float = Field(0.02, gt=0)
-    """initStd is the standard deviation of the start weights."""
+    """initStd is the standard deviation of the initial weights."""
     tie_embeddings: bool = False
-    """tieEmbeddings makes the output matrix the embedding matrix."""
+    """tieEmbeddings shares one matrix between input embedding and output."""
 
     @property
     def head_dim(self) -> int:
@@ -49,7 +49,7 @@ class Architecture(Spec):
         return self.hidden_size // self.heads
 
     def num_parameters(self, vocab_size: int) -> int:
-        """Parameters with an unpadded vocabulary, embeddings included."""
+        """Number of parameters with an unpadded vocabulary, embeddings included."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
         per_layer = attention + feed_forward + 2 * self.hidden_size
@@ -72,7 +72,7 @@ PRESETS: dict[str, Architecture] = {
         layers=80, hidden_size=8192, heads=64, kv_heads=8, ffn_hidden_size=28672, rope_base=500_000.0
     ),
 }
-"""Published shapes of the Llama family (arXiv 2307.09288, 2407.21783) and two that train on a laptop."""
+"""Published dimensions of the Llama family (arXiv 2307.09288, 2407.21783), and two that train on a laptop."""
 
 
 _NEEDED = ("layers", "hiddenSize", "heads", "kvHeads", "ffnHiddenSize")
@@ -80,7 +80,7 @@ _COMPLETE = f"(has(self.preset) || ({' && '.join(f'has(self.{name})' for name in
 
 
 def cel_dimension(name: str, *, model: str) -> str:
-    """A dimension of a ``ModelSpec`` in CEL: the one that is written, or its preset's, or 0.
+    """A dimension of a ``ModelSpec`` in CEL: as written, else the preset's, else 0.
 
     Args:
         name: as in manifests.
@@ -96,7 +96,7 @@ def _self(name: str) -> str:
 
 
 class ModelSpec(Spec):
-    """A preset, a preset with some dimensions changed, or every dimension spelled out."""
+    """A preset, a preset with some dimensions overridden, or all dimensions."""
 
     model_config = api_rules(
         rule(_COMPLETE, f"set a preset, or {', '.join(_NEEDED[:-1])} and {_NEEDED[-1]}"),
@@ -108,35 +108,35 @@ class ModelSpec(Spec):
     )
 
     preset: str | None = Field(None, max_length=40, json_schema_extra={"enum": [*sorted(PRESETS)]})
-    """preset names a published shape; the other fields override its dimensions."""
+    """preset names published dimensions; the other fields override them."""
     layers: int | None = Field(None, ge=1, le=10_000)
     """layers is the number of transformer blocks."""
     hidden_size: int | None = Field(None, ge=8, le=2**20)
     """hiddenSize is the width of the residual stream."""
     heads: int | None = Field(None, ge=1, le=2**16)
-    """heads is the number of query heads; it divides hiddenSize."""
+    """heads is the number of query heads; must divide hiddenSize."""
     kv_heads: int | None = Field(None, ge=1, le=2**16)
-    """kvHeads is the number of key and value heads; it divides heads."""
+    """kvHeads is the number of key and value heads; must divide heads."""
     ffn_hidden_size: int | None = Field(None, ge=8, le=2**22)
     """ffnHiddenSize is the inner width of the SwiGLU feed-forward block."""
     rope_base: float | None = Field(None, gt=0)
-    """ropeBase is the base of the rotary frequencies."""
+    """ropeBase is the base of the rotary embedding frequencies."""
     norm_epsilon: float | None = Field(None, gt=0)
     """normEpsilon is added to the variance in RMSNorm."""
     init_std: float | None = Field(None, gt=0)
-    """initStd is the standard deviation of the start weights."""
+    """initStd is the standard deviation of the initial weights."""
     tie_embeddings: bool | None = None
-    """tieEmbeddings makes the output matrix the embedding matrix."""
+    """tieEmbeddings shares one matrix between input embedding and output."""
 
     @property
     def architecture(self) -> Architecture:
-        """Every dimension: the preset's, with the fields that are set put over them."""
+        """All dimensions: the preset's, overridden by the fields that are set."""
         base = PRESETS[self.preset].dump() if self.preset else {}
         over = {k: v for k, v in self.dump().items() if k != "preset"}
         return Architecture.model_validate({**base, **over})
 
     def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
-        """Every dimension: a preset is the same model as its dimensions written out."""
+        """All dimensions: a preset equals its dimensions written out."""
         return self.architecture.dump_without(parts)
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""How ranks are laid out: tensor x pipeline x data, and what each must divide.
+"""How ranks are laid out (tensor x pipeline x data), and what each axis must divide.
 
-In: a ``parallelism`` block, an architecture, a number of ranks. Out: a checked ``Layout``.
+In: a ``parallelism`` block, an architecture, a number of ranks. Out: a validated ``Layout``.
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from headrace_api.model import VOCAB_MULTIPLE, Architecture
 
 MAX_TENSOR = VOCAB_MULTIPLE // 128
 SPLIT_BY_TENSOR = ("kvHeads", "ffnHiddenSize")
-"""What the tensor axis must divide. It divides the heads then too: they are a multiple of the kvHeads."""
+"""What the tensor axis must divide. That covers the heads, which are a multiple of kvHeads."""
 
 
 class Parallelism(Spec):
-    """The axes that split one replica of the model; the data axis takes the ranks that are left."""
+    """The axes that split one replica of the model. The remaining ranks form the data axis."""
 
     tensor: int = Field(1, ge=1, le=MAX_TENSOR)
     """tensor is the number of ranks that share each matrix; keep it within one node."""
     pipeline: int = Field(1, ge=1, le=1024)
-    """pipeline is the number of stages that the layers are cut into."""
+    """pipeline is the number of pipeline stages that the layers are divided into."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Ranks on each axis; their product is the world size."""
+    """Ranks per axis; their product is the world size."""
 
     tensor: int
     pipeline: int
@@ -34,12 +34,12 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """The number of ranks."""
+        """The world size."""
         return self.tensor * self.pipeline * self.data
 
 
 def divisors(number: int, *, at_most: int | None = None) -> str:
-    """The divisors of ``number`` as people read them: ``1, 2 or 4``."""
+    """The divisors of ``number`` as prose: ``1, 2 or 4``."""
     found = [str(d) for d in range(1, min(number, at_most or number) + 1) if number % d == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
@@ -48,7 +48,7 @@ def split_model(parallelism: Parallelism, arch: Architecture) -> None:
     """Check the axes against the model.
 
     Raises:
-        FieldError: an axis does not divide what it splits; the field is relative to the stage's typed block.
+        FieldError: an axis does not divide what it splits. The field is relative to the stage's typed block.
     """
     tensor, pipeline = parallelism.tensor, parallelism.pipeline
     if arch.heads % tensor:
@@ -89,6 +89,6 @@ def layout(parallelism: Parallelism, *, num_ranks: int) -> Layout:
         raise FieldError(
             "parallelism",
             f"tensor {tensor} x pipeline {pipeline}",
-            f"{replica} ranks a replica must divide the gang's {num_ranks} (compute.nodes x compute.ranksPerNode)",
+            f"{replica} ranks per replica must divide the gang's {num_ranks} (compute.nodes x compute.ranksPerNode)",
         )
     return Layout(tensor=tensor, pipeline=pipeline, data=num_ranks // replica)

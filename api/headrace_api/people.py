@@ -1,4 +1,4 @@
-"""Figures as people write them: ``1.2B`` parameters, ``13.5 GB``, ``1h1m``. What machines read keeps the whole number."""
+"""Human-readable figures: ``1.2B`` parameters, ``13.5 GB``, ``1h1m``. Machine-readable output keeps full precision."""
 
 import math
 
@@ -35,7 +35,7 @@ def _scaled(number: float, units: tuple[tuple[float, str], ...], *, unit: str) -
     if not math.isfinite(number):
         return _UNKNOWN
     for bound, suffix in units:
-        # What rounds up to the next unit belongs to it: 999,960 is 1M, not 1000k.
+        # A value that rounds up to the next unit uses it: 999,960 is 1M, not 1000k.
         if abs(number) >= bound * (1 - 5e-5):
             return f"{number / bound:.1f}".removesuffix(".0") + suffix
     return f"{number:.0f}{unit}"

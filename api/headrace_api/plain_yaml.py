@@ -1,7 +1,7 @@
-"""YAML text -> plain values, read as kubectl reads it, and bounded: whatever the text is, this ends soon and says why.
+"""Parse YAML into plain values as kubectl does, within bounds: any text ends quickly in values or in a clear error.
 
-PyYAML only splits the text into events here. Its own constructor calls itself for each level of nesting, keeps the last
-of two equal keys, and follows YAML 1.1, by which ``3e-4`` is text and ``12:30`` is 750; kubectl knows better.
+PyYAML only splits the text into events here. Its own constructor recurses with every nesting level, silently keeps the
+last of two equal keys, and follows YAML 1.1, in which ``3e-4`` is text and ``12:30`` is 750, unlike in kubectl.
 """
 
 import math
@@ -16,7 +16,7 @@ from headrace_api.base import FieldError
 
 MAX_DEPTH = 64
 MAX_NODES = 100_000
-"""Values in a file, those that aliases repeat included."""
+"""Limit on the number of values in a file, counting each use of an alias."""
 _MOST_DIGITS = 40
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same events, ten times as fast
@@ -40,22 +40,22 @@ _MERGE = "<<"
 
 
 def read_documents(text: str) -> list[Any]:
-    """The documents of a YAML file as dicts, lists, strings, numbers, booleans and None; empty ones are left out.
+    """The documents of a YAML file as plain Python values. Empty documents are omitted.
 
     Raises:
-        FieldError: the text is not YAML, repeats a key, or is deeper or larger than any manifest; the field says where.
+        FieldError: not YAML, a duplicate key, or too deep or too large; the field says where.
     """
     reader = _Reader()
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             reader.take(event)
-    except yaml.YAMLError as error:
+    except (yaml.reader.ReaderError, yaml.MarkedYAMLError) as error:
         raise _syntax_error(error, text) from error
     return [document for document in reader.documents if document is not None]
 
 
 def resolve(text: str) -> Any:
-    """What a plain scalar, one without quotes, means to kubectl."""
+    """The value of an unquoted scalar, according to kubectl."""
     if text in _BOOLEANS:
         return _BOOLEANS[text]
     if text in _NULLS:
@@ -79,7 +79,7 @@ def _integer(digits: str) -> int:
 
 @dataclass
 class _Block:
-    """A list or a mapping whose end has not been read."""
+    """A list or mapping that is still open."""
 
     value: Any
     anchor: str | None
@@ -96,7 +96,7 @@ class _Anchored:
 
 
 class _Reader:
-    """Puts events together. Nesting is a list here, never a call within a call."""
+    """Builds values from events. Keeps an explicit stack, so that nesting never recurses."""
 
     def __init__(self) -> None:
         self.documents: list[Any] = []
@@ -124,9 +124,7 @@ class _Reader:
 
     def _begin(self, event: Any, line: int) -> None:
         if len(self._open) >= MAX_DEPTH:
-            raise FieldError(
-                f"line {line}", f"more than {MAX_DEPTH} blocks in each other", "nest fewer; is a bracket left open?"
-            )
+            raise FieldError(f"line {line}", f"nested more than {MAX_DEPTH} deep", "nest less; is a bracket left open?")
         self._check_tag(event, line)
         value: Any = [] if isinstance(event, yaml.SequenceStartEvent) else {}
         self._open.append(_Block(value=value, anchor=event.anchor, first_node=self._num_nodes))
@@ -169,7 +167,7 @@ class _Reader:
         key, block = value if isinstance(value, str) else _spelled(value), self._open[-1]
         if key in block.lines:
             raise FieldError(
-                self._field(line, key), "written twice", f"it is on line {block.lines[key]} already; remove one of them"
+                self._field(line, key), "duplicate key", f"already set on line {block.lines[key]}; remove one of them"
             )
         block.lines[key] = line
         return key
@@ -178,7 +176,7 @@ class _Reader:
         self._check_tag(event, line)
         text: str = event.value
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise FieldError(self._field(line), text, "holds half a character; write the character itself")
+            raise FieldError(self._field(line), text, "contains half of a surrogate pair; write the character itself")
         if event.style or event.tag is not None:  # quoted, a block of text, or tagged as text
             return text
         if len(text) > _MOST_DIGITS and (_INTEGER.fullmatch(text) or _FLOAT.fullmatch(text)):
@@ -187,17 +185,17 @@ class _Reader:
 
     def _check_tag(self, event: Any, line: int) -> None:
         if event.tag not in (None, "!", "tag:yaml.org,2002:str"):
-            raise FieldError(self._field(line), event.tag, "a tag changes nothing here; remove it")
+            raise FieldError(self._field(line), event.tag, "tags have no effect here; remove it")
 
     def _alias(self, anchor: str, line: int) -> Any:
         found = self._anchors.get(anchor)
         if found is None:
-            raise FieldError(self._field(line), f"*{anchor}", f"no block before this one is marked &{anchor}")
+            raise FieldError(self._field(line), f"*{anchor}", f"no earlier block is marked &{anchor}")
         self._count(found.num_nodes, line)
         return found.value
 
     def _field(self, line: int, key: str | None = None) -> str:
-        """Where the reader is, as ``line 7, spec.stages[1].name``."""
+        """The current position, such as ``line 7, spec.stages[1].name``."""
         parts: list[int | str] = []
         for block in self._open:
             if isinstance(block.value, list):
@@ -209,10 +207,8 @@ class _Reader:
 
 
 def _spelled(value: Any) -> str:
-    """A key that YAML reads as a number, a boolean or nothing, as text."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """The text of a key that YAML reads as a number, a boolean or null."""
+    return "null" if value is None else str(value).lower()
 
 
 def dotted(parts: Sequence[int | str]) -> str:
@@ -228,7 +224,7 @@ def dotted(parts: Sequence[int | str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as people recognize it, on one line of bounded length."""
+    """A value in recognizable form, on one line of bounded length."""
     if isinstance(value, dict | list):
         return "a block" if isinstance(value, dict) else "a list"
     if value is None or isinstance(value, bool):
@@ -237,14 +233,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _syntax_error(error: yaml.YAMLError, text: str) -> FieldError:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:  # the text holds what YAML cannot: NUL and its like
-        position = getattr(error, "position", None)
-        line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
+def _syntax_error(error: yaml.reader.ReaderError | yaml.MarkedYAMLError, text: str) -> FieldError:
+    if isinstance(error, yaml.reader.ReaderError):  # the text holds what YAML cannot: NUL and its like
+        line = text.encode()[: error.position].count(b"\n") + 1  # libyaml counts bytes
         return FieldError(f"line {line}", "a control character", "YAML is text; save the file as UTF-8, without it")
-    where = f"line {mark.line + 1}, column {mark.column + 1}"
+    mark: Any = error.problem_mark  # never None: scanner and parser set it
     lines = text.splitlines()
+    where = f"line {mark.line + 1}, column {mark.column + 1}"
     if mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]:
         return FieldError(where, "a tab", "YAML is indented with spaces; replace it")
-    return FieldError(where, str(getattr(error, "problem", None) or "not YAML"), "correct the YAML there")
+    return FieldError(where, error.problem, "correct the YAML there")

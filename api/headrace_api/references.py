@@ -1,7 +1,7 @@
-"""Stages that name one another: what may stand in ``from``, and what a later stage needs of the model that it names.
+"""References between stages: what ``from`` may name, and what a later stage requires of the model it names.
 
-Each check is written twice, for this process and as CEL for the API server; ``tests/operator/test_real_admission.py``
-holds the two against each other.
+Each check exists twice, for this process and as CEL for the API server; ``tests/operator/test_real_admission.py``
+compares the two.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,21 +16,21 @@ from headrace_api.stages.deploy import Engine
 
 MAX_STAGES = 32
 _PLACES = f"[{', '.join(str(i) for i in range(MAX_STAGES))}]"
-"""CEL's macros over a list do not tell the places of its items; a list of places does."""
+"""CEL's list macros give no indices; a list of indices does."""
 _FINETUNING = [kind for kind, config in KINDS.items() if issubclass(config, Finetune)]
 _VLLM = "vllm splits the heads over its GPUs"
 
 
 def check_references(stages: Sequence[Stage]) -> None:
-    """Check names and references.
+    """Validate names and references.
 
     Raises:
-        FieldError: a name is used twice, an input is not what is wanted, or a stage's ranks do not divide its model.
+        FieldError: a duplicate name, an unsuitable input, or ranks that do not divide the model.
     """
     seen: dict[str, Stage] = {}
     for i, stage in enumerate(stages):
         if stage.name in seen:
-            raise FieldError(f"stages[{i}].name", stage.name, "is used twice; names are unique in a run")
+            raise FieldError(f"stages[{i}].name", stage.name, "is used twice; names must be unique in a run")
         for slot, source in stage.config.inputs().items():
             _check_input(i, stage, slot=slot, source=source, seen=seen)
         field = f"stages[{i}].compute.{stage.compute.ranks_field}"
@@ -46,7 +46,7 @@ def check_references(stages: Sequence[Stage]) -> None:
 
 
 def reference_rules() -> Iterator[JsonSchema]:
-    """The same as CEL, for the block that holds ``stages``. Names are unique by the list's type."""
+    """The same checks as CEL, for the block that holds ``stages``. The list type makes names unique."""
     yield from _input_rules()
     world = cel_world("s")
     yield rule(
@@ -96,18 +96,18 @@ def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture:
 def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str, Stage]) -> None:
     field, wanted = f"stages[{i}].{stage.kind}.from.{slot}", stage.config.accepts()[slot]
     fitting = [name for name, other in seen.items() if wanted == other.config.GIVES]
-    remedy = f"use {' or '.join(fitting)}" if fitting else f"add a stage before it that gives a {wanted}"
+    remedy = f"use {' or '.join(fitting)}" if fitting else f"add an earlier stage that produces a {wanted}"
     if source not in seen:
         raise FieldError(field, source, f"no earlier stage has this name; {remedy}")
     if wanted != seen[source].config.GIVES:
         gives = seen[source].config.GIVES
         raise FieldError(
-            field, source, f"is a {seen[source].kind} stage, which gives a {gives}, not a {wanted}; {remedy}"
+            field, source, f"is a {seen[source].kind} stage, which produces a {gives}, not a {wanted}; {remedy}"
         )
 
 
 def _input_rules() -> Iterator[JsonSchema]:
-    """Each ``from`` of each kind of stage names an earlier stage that gives what is wanted."""
+    """Every ``from`` names an earlier stage that produces the right kind of artifact."""
     givers = {gives: [k for k, c in KINDS.items() if gives == c.GIVES] for gives in ArtifactKind}
     for kind, config in KINDS.items():
         for slot, (wanted, optional) in config.slots().items():
@@ -129,24 +129,24 @@ def _check_finetune(field: str, config: Finetune, *, arch: Architecture) -> None
 
 
 def _check_evaluate(field: str, stage: Stage, *, arch: Architecture) -> None:
-    """The ranks of an evaluate stage split its model; no other axis is used."""
+    """An evaluate stage splits its model over its ranks; it uses no other axis."""
     ranks = stage.compute.ranks
     if ranks > MAX_TENSOR:
-        raise FieldError(field, ranks, f"the ranks of an evaluate stage split the model; use at most {MAX_TENSOR}")
+        raise FieldError(field, ranks, f"an evaluate stage splits the model over its ranks; use at most {MAX_TENSOR}")
     try:
         split_model(Parallelism(tensor=ranks), arch)
     except FieldError as error:
-        raise FieldError(field, ranks, f"the ranks of an evaluate stage split the model: {error.remedy}") from error
+        raise FieldError(field, ranks, f"an evaluate stage splits the model over its ranks: {error.remedy}") from error
 
 
 def _check_vllm(field: str, stage: Stage, *, exported: Stage, seen: Mapping[str, Stage]) -> None:
-    """vLLM's tensor parallelism: heads are split; key heads are split, or repeated where there are fewer of them."""
+    """vLLM's tensor parallelism splits heads; it splits key heads too, or repeats them if there are fewer than GPUs."""
     gpus = stage.compute.gpus_per_node
-    assert exported.export is not None, "only export gives a Hugging Face folder"
+    assert exported.export is not None, "only export produces a Hugging Face folder"
     arch = architecture_of(exported.export.from_.model, seen)
-    if gpus > 1 and not _vllm_splits(arch, gpus):
+    if gpus and not _vllm_splits(arch, gpus):
         fitting = [d for d in range(1, arch.heads + 1) if _vllm_splits(arch, d)]
-        remedy = f"{_VLLM}: {arch.heads}, and {arch.kv_heads} of keys; use {' or '.join(map(str, fitting))}"
+        remedy = f"{_VLLM}: {arch.heads} heads and {arch.kv_heads} kvHeads; use {' or '.join(map(str, fitting))}"
         raise FieldError(field, gpus, remedy)
 
 

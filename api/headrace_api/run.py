@@ -1,7 +1,6 @@
-"""TrainingRun: what users write and what they read back.
+"""TrainingRun: what users write and read back.
 
-``spec`` is the manifest; ``status`` is the object that ``.status`` of the custom resource holds, and that a local run
-keeps in ``status.json``.
+``spec`` is the manifest. ``status`` is the custom resource's ``.status``, which a local run keeps in ``status.json``.
 """
 
 from collections.abc import Mapping
@@ -24,26 +23,27 @@ from headrace_api.storage import NO_STORAGE, RELATIVE, SecretRef, Storage, cel_i
 __all__ = ["Compute", "SecretRef", "Stage", "Storage"]  # beside what is defined here
 
 MAX_NAMES = 48
-"""Run and stage name together: an attempt adds two numbers, and a pod's host name has 63 characters."""
+"""Limit on run plus stage name: an attempt adds two numbers, and a pod's host name has 63 characters."""
 
 
 class RestartPolicy(Spec):
-    """How many failures a stage may have without progress between them before the run fails."""
+    """How many times a stage may fail without progress in between before the run fails."""
 
     max_infra_restarts: int = Field(10, ge=0, le=10_000)
-    """maxInfraRestarts bounds the restarts after faults of processes, pods, nodes and storage, for each stage."""
+    """maxInfraRestarts bounds each stage's restarts after faults of processes, pods, nodes and storage."""
     max_user_restarts: int = Field(0, ge=0, le=100)
-    """maxUserRestarts bounds the restarts after bad configuration or data, for each stage; 0 fails at once."""
+    """maxUserRestarts bounds each stage's restarts after bad configuration or data; 0 fails at once."""
     reset_after_steps: int = Field(100, ge=1, le=1_000_000_000)
-    """resetAfterSteps gives a stage its restarts back once it is this many steps past the furthest step that failed."""
+    """resetAfterSteps resets a stage's budgets once it is this many steps past the furthest step that failed."""
     on_stall: Duration | None = None
-    """onStall is how long a rank may take for one training step before it is taken to hang: its stacks are kept, and the
-    gang is restarted. If unset, five times its 99th percentile, at least 60s. Other phases, as saving and evaluating, may
-    take five times their own 99th percentile, at least this long; where that is not known yet, five times onStall, or 10m."""
+    """onStall is how long a training step may take before its rank counts as hung. Its stacks are then saved and the
+    gang restarts. Defaults to five times the rank's 99th percentile step time, at least 60s. Other phases, such as
+    saving and evaluating, may take five times their own 99th percentile, at least onStall; five times onStall, or 10m,
+    while unknown."""
 
 
 class RunSpec(Spec):
-    """What is to be done."""
+    """What the run should do."""
 
     model_config = api_rules(
         rule("has(self.storage.uri)", NO_STORAGE),
@@ -69,21 +69,21 @@ class RunSpec(Spec):
     )
 
     runtime: Name = "default"
-    """runtime names the TrainingRuntime: images, node pools, environment. A local run needs none."""
+    """runtime names the TrainingRuntime: images, node pools, environment. Local runs need none."""
     storage: Storage = Field(default_factory=Storage)
-    """storage is where artifacts and checkpoints are."""
+    """storage is where artifacts and checkpoints are kept."""
     seed: int = Field(1234, ge=0, le=2**31 - 1)
-    """seed decides every random choice of the run."""
+    """seed determines every random choice of the run."""
     suspend: bool = False
-    """suspend stops the run after a checkpoint, and keeps it stopped."""
+    """suspend stops the run after a checkpoint and keeps it stopped."""
     restart_policy: RestartPolicy = Field(default_factory=RestartPolicy)
-    """restartPolicy is how many failures a stage may have."""
+    """restartPolicy sets the retry budgets of each stage."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=2**31 - 1)
-    """ttlSecondsAfterFinished is how long a run that is Complete or Failed keeps the Jobs, Services and ConfigMaps of its
-    finished attempts, and with them their pods' logs; for ever if unset. The run itself, its artifacts and checkpoints
-    stay, and so does a deployed model."""
+    """ttlSecondsAfterFinished is how long a Complete or Failed run keeps the Jobs, Services and ConfigMaps of its
+    finished attempts, and with them their pods' logs; for ever if unset. The run itself, its artifacts and checkpoints,
+    and any deployed model stay."""
     stages: list[Stage] = Field(min_length=1, max_length=MAX_STAGES)
-    """stages run in order; each reads what earlier ones left."""
+    """stages run in order; each one reads what earlier ones produced."""
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
@@ -92,10 +92,10 @@ class RunSpec(Spec):
 
 
 class StatusPart(Spec):
-    """A block of a status, as any version of the operator may have left it.
+    """A block of a status, from any version of the operator.
 
-    Fields that this version does not know are kept, and written back as they were: a newer operator that was rolled back
-    finds them again. A field that does not parse counts as unset, since a status must never stop a run.
+    Unknown fields are kept and written back unchanged, so that they survive a rollback of the operator. An invalid
+    field counts as unset: a status must never stop a run.
     """
 
     model_config = Spec.model_config | {"extra": "allow"}
@@ -113,16 +113,16 @@ class StatusPart(Spec):
 
 
 class StageState(StrEnum):
-    """Where a stage is."""
+    """The state of a stage."""
 
     PENDING = "Pending"
-    """It has no attempt: its turn has not come, or its next attempt waits."""
+    """No attempt: its turn has not come, or its next attempt is backing off."""
     WAITING = "Waiting"
-    """Something outside holds its attempt back: no node has room, a quota is used up, an image cannot be pulled."""
+    """Something outside holds its attempt back: no room on any node, an exhausted quota, an image that cannot be pulled."""
     STARTING = "Starting"
-    """Not all pods of its attempt run yet, or their ranks have not joined."""
+    """Some of its pods do not run yet, or its ranks have not joined."""
     RUNNING = "Running"
-    """Every pod runs, and the ranks have joined."""
+    """All pods run, and the ranks have joined."""
     STOPPING = "Stopping"
     SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
@@ -130,65 +130,65 @@ class StageState(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> "StageState":
-        """A state of a newer operator's: the planner follows the attempt, and finds the state out again."""
+        """A state from a newer operator. The planner follows the attempt and finds out the real state."""
         return cls.RUNNING
 
 
 class StageStatus(StatusPart):
-    """One stage, as it is now."""
+    """The status of one stage."""
 
     name: str
     """name is the stage's name."""
     state: StageState = StageState.PENDING
-    """state is where the stage is."""
+    """state is the stage's current state."""
     hash: str | None = None
-    """hash is what the state is about: another spec or other inputs have another hash, and begin again."""
+    """hash identifies the spec and inputs that this status is about; when they change, the stage starts over."""
     attempt: int = 0
     """attempt is the number of the newest attempt."""
     settled: int = 0
-    """settled is the number of the newest attempt that is dealt with, charged or stopped on request: its end costs nothing more."""
+    """settled is the newest attempt that has been charged to a budget or stopped on request; it is never charged again."""
     generation: int | None = None
-    """generation is that of the spec that the newest attempt was made from."""
+    """generation is the spec generation from which the newest attempt was made."""
     digest: str | None = None
-    """digest is of everything that the newest attempt was resolved to; an edit that changes it takes another attempt."""
+    """digest covers everything the newest attempt was resolved to; an edit that changes it needs a new attempt."""
     workload: str | None = None
-    """workload is the uid of the newest attempt's Job or Deployment, once it was seen; another of the same name is not its."""
+    """workload is the uid of the newest attempt's Job or Deployment, once seen; an object with another uid is not its."""
     infra_restarts: int = 0
     """infraRestarts counts all restarts after infrastructure faults."""
     user_restarts: int = 0
     """userRestarts counts all restarts after bad configuration or data."""
     infra_spent: int = 0
-    """infraSpent is how much of maxInfraRestarts is used up; progress gives it back."""
+    """infraSpent is how much of maxInfraRestarts is used up; progress resets it."""
     user_spent: int = 0
-    """userSpent is how much of maxUserRestarts is used up; progress gives it back."""
+    """userSpent is how much of maxUserRestarts is used up; progress resets it."""
     failed_step: int = 0
     """failedStep is the furthest step at which an attempt failed."""
     started_at: datetime | None = None
-    """startedAt is when the first attempt began."""
+    """startedAt is when the first attempt started."""
     finished_at: datetime | None = None
     """finishedAt is when the stage succeeded or failed."""
     retry_at: datetime | None = None
-    """retryAt is when the next attempt begins after a failure."""
+    """retryAt is when the next attempt starts after a failure."""
     outcome_due_at: datetime | None = None
-    """outcomeDueAt is until when an attempt that succeeded may say what it left."""
+    """outcomeDueAt is how long to wait for the outcome of an attempt that succeeded."""
     active_seconds: float = 0
-    """activeSeconds is the time that ended attempts took; suspended time does not count."""
+    """activeSeconds is the total duration of ended attempts; suspended time does not count."""
     active_since: datetime | None = None
-    """activeSince is when the attempt under way began; unset while there is none."""
+    """activeSince is when the current attempt became active; unset if there is none."""
     artifact: ArtifactRef | None = None
-    """artifact is what the stage left."""
+    """artifact is what the stage produced."""
     endpoint: str | None = None
     """endpoint is where a deployed model answers."""
     metrics: dict[str, float] = {}
-    """metrics are the figures that the stage ended with."""
+    """metrics are the stage's final metrics."""
     reason: str | None = None
-    """reason is one word for the newest failure."""
+    """reason is one word for the latest failure."""
     message: str | None = None
-    """message says the newest failure in full."""
+    """message describes the latest failure in full."""
 
 
 class ConditionType(StrEnum):
-    """Conditions of a run; ``kubectl wait --for=condition=Complete`` reads them."""
+    """Conditions of a run, as read by ``kubectl wait --for=condition=Complete``."""
 
     COMPLETE = "Complete"
     FAILED = "Failed"
@@ -205,7 +205,7 @@ class Condition(StatusPart):
     type: Annotated[str, AfterValidator(_known_type)]
     """type names the condition: Complete, Failed or Suspended."""
     status: Literal["True", "False", "Unknown"]
-    """status says whether it holds."""
+    """status says whether the condition holds."""
     reason: str
     """reason is one CamelCase word."""
     message: str = ""
@@ -215,10 +215,10 @@ class Condition(StatusPart):
 
 
 class SavedCheckpoint(StatusPart):
-    """A committed checkpoint, as pods report it and statuses keep it."""
+    """A committed checkpoint, as reported by pods and kept in statuses."""
 
     step: int = Field(ge=0)
-    """step is the number of optimizer steps that it holds."""
+    """step is the number of optimizer steps it covers."""
     uri: Uri
     """uri is its folder in storage."""
     time: datetime
@@ -226,36 +226,36 @@ class SavedCheckpoint(StatusPart):
 
 
 class RunStatus(StatusPart):
-    """What is known of a run. The columns of ``kubectl get`` are fields of their own."""
+    """The status of a run. Each column of ``kubectl get`` has its own field."""
 
     conditions: list[Condition] = []
     """conditions are Complete, Failed and Suspended."""
     observed_generation: int | None = None
-    """observedGeneration is the generation of the spec that the conditions are about, as kubectl wait reads it; stages say which one their newest attempt was made from."""
+    """observedGeneration is the spec generation that the conditions describe, as kubectl wait expects; stages say which one their newest attempt was made from."""
     summary: str | None = None
     """summary is the STATUS column: Pending, Waiting, Starting, Running, Restarting, Stopping, Suspended, Complete or Failed."""
     stage: str | None = None
-    """stage is the name of the stage that is under way."""
+    """stage is the name of the current stage."""
     step: str | None = None
-    """step is done and total of the running stage."""
+    """step is the done and total steps of the running stage."""
     progress: str | None = None
-    """progress is the running stage's part that is done, as 41%."""
+    """progress is how much of the running stage is done, such as 41%."""
     loss: str | None = None
-    """loss is the newest training loss."""
+    """loss is the latest training loss."""
     tokens_per_second: str | None = None
-    """tokensPerSecond is the newest throughput."""
+    """tokensPerSecond is the latest throughput."""
     restarts: int = 0
-    """restarts counts the restarts of all stages, those too that progress has given back."""
+    """restarts counts the restarts of all stages, whether or not progress has reset their budgets."""
     eta: str | None = None
-    """eta is the time that the running stage still needs."""
+    """eta is the estimated time left in the running stage."""
     phase_message: str | None = None
-    """phaseMessage is one line about what the ranks do now, or what is waited for."""
+    """phaseMessage says in one line what the ranks are doing, or what the run waits for."""
     checkpoint: SavedCheckpoint | None = None
-    """checkpoint is the newest committed checkpoint of the running stage."""
+    """checkpoint is the latest committed checkpoint of the running stage."""
     endpoint: str | None = None
     """endpoint is where the deployed model answers."""
     stages: list[StageStatus] = []
-    """stages has one entry a stage, in order."""
+    """stages has one entry per stage, in order."""
 
     def condition(self, kind: ConditionType) -> bool:
         """Whether a condition holds."""
@@ -263,7 +263,7 @@ class RunStatus(StatusPart):
 
 
 class ObjectMeta(Spec):
-    """The part of a Kubernetes object's metadata that Headrace reads; the rest is kept by the API server."""
+    """The object metadata that Headrace reads; the API server keeps the rest."""
 
     model_config = Spec.model_config | {"extra": "ignore"}
 
@@ -271,21 +271,21 @@ class ObjectMeta(Spec):
         "annotations", "creationTimestamp", "deletionGracePeriodSeconds", "finalizers", "generateName", "labels",
         "managedFields", "ownerReferences", "resourceVersion", "selfLink",
     )  # fmt: skip
-    """Fields that Kubernetes has and Headrace does not read."""
+    """Metadata fields of Kubernetes that Headrace does not read."""
 
     name: Name
     """name is unique in the namespace."""
     namespace: str = "default"
-    """namespace is where the run lives."""
+    """namespace is the run's namespace."""
     uid: str = ""
-    """uid is given by the API server."""
+    """uid is set by the API server."""
     generation: int | None = None
-    """generation is counted up by the API server when the spec changes."""
+    """generation is incremented by the API server when the spec changes."""
     deletion_timestamp: datetime | None = None
     """deletionTimestamp is set by the API server when the run is being deleted."""
 
 
-_TWO_HYPHENS = "has two hyphens in a row, which join names; use one of them"
+_TWO_HYPHENS = "has two hyphens in a row, which separate names; use one"
 
 
 class TrainingRun(Spec):
@@ -304,11 +304,11 @@ class TrainingRun(Spec):
     kind: Literal["TrainingRun"]
     """kind is TrainingRun."""
     metadata: ObjectMeta
-    """metadata is a Kubernetes object's."""
+    """metadata is standard Kubernetes object metadata."""
     spec: RunSpec
-    """spec is what is to be done."""
+    """spec is what the run should do."""
     status: RunStatus = Field(default_factory=RunStatus)
-    """status is what is known; only the operator writes it."""
+    """status is written by the operator only."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -325,7 +325,7 @@ class TrainingRun(Spec):
 
 
 def cluster_errors(run: TrainingRun) -> list[FieldError]:
-    """What a cluster refuses of a run that is valid on a machine with a working directory."""
+    """Reasons for a cluster to refuse a run that is valid on a machine with a working directory."""
     storage = run.spec.storage.uri
     if storage is None:
         return [FieldError("spec.storage.uri", None, NO_STORAGE.removeprefix("storage.uri "))]
@@ -336,5 +336,5 @@ def cluster_errors(run: TrainingRun) -> list[FieldError]:
 
 
 def as_object(run: TrainingRun) -> dict[str, Any]:
-    """The run as a Kubernetes object without its status."""
+    """The run as a Kubernetes object, without its status."""
     return {k: v for k, v in run.dump().items() if k != "status"}

@@ -1,4 +1,4 @@
-"""One stage of a run: a name, machines, and exactly one typed block."""
+"""One stage of a run: a name, compute resources, and exactly one typed block."""
 
 from collections.abc import Iterator
 from typing import Annotated, Self
@@ -30,10 +30,10 @@ PartName = Annotated[
     Field(max_length=40),
     Matches(
         r"^[a-z][a-z0-9]*(-[a-z0-9]+)*$",
-        "write lower-case letters, digits and single hyphens, beginning with a letter and ending with a letter or digit",
+        "write lower-case letters, digits and single hyphens, starting with a letter and ending with a letter or digit",
     ),
 ]
-"""A name that is put together with others by two hyphens, and so has no two in a row: what is put together says what of."""
+"""A name without two hyphens in a row, so that names joined by two hyphens stay unambiguous."""
 
 _WORLD = cel_world("self")
 _ONE_BLOCK = f"a stage has exactly one typed block of {', '.join(KINDS)}"
@@ -62,7 +62,7 @@ def _gang_rules(kind: str) -> Iterator[JsonSchema]:
 
 
 class Stage(Spec):
-    """A name, the machines, and exactly one typed block."""
+    """A name, compute resources, and exactly one typed block."""
 
     model_config = api_rules(
         rule(" + ".join(f"(has(self.{kind}) ? 1 : 0)" for kind in KINDS) + " == 1", _ONE_BLOCK),
@@ -78,15 +78,15 @@ class Stage(Spec):
     )
 
     name: PartName
-    """name is unique in the run; later stages refer to it, and it names the folder in storage."""
+    """name is unique in the run; later stages refer to it, and it names the stage's folder in storage."""
     compute: Compute = Field(default_factory=Compute)
-    """compute is the machines of this stage."""
+    """compute is the stage's compute resources."""
     corpus: Corpus | None = None
-    """corpus reads raw text and cleans it."""
+    """corpus reads and cleans raw text."""
     tokenizer: Tokenizer | None = None
-    """tokenizer learns or imports a tokenizer."""
+    """tokenizer trains or imports a tokenizer."""
     shards: Shards | None = None
-    """shards turns documents into token ids."""
+    """shards tokenizes documents."""
     pretrain: Pretrain | None = None
     """pretrain trains a model from random weights."""
     sft: Sft | None = None
@@ -104,12 +104,12 @@ class Stage(Spec):
 
     @property
     def kind(self) -> str:
-        """The name of the typed block that is set."""
+        """The name of the typed block."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
     def config(self) -> StageConfig:
-        """The typed block that is set."""
+        """The typed block."""
         block = getattr(self, self.kind)
         assert isinstance(block, StageConfig)
         return block
@@ -137,7 +137,7 @@ class Stage(Spec):
         elif self.compute.nodes > 1:
             raise FieldError("compute.nodes", self.compute.nodes, f"{self.kind} stages run on 1 node")
         if self.config.RUNS_AS is RunsAs.TASKS and self.compute.ranks > 1:
-            remedy = f"{self.kind} stages have 1 process a node; leave it out"
+            remedy = f"{self.kind} stages run 1 process per node; leave it out"
             raise FieldError(f"compute.{self.compute.ranks_field}", self.compute.ranks, remedy)
         return self
 

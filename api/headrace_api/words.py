@@ -1,6 +1,6 @@
-"""What is wrong with a value, in words of ours: pydantic's own never reach people.
+"""Phrases validation errors in our own words, so that pydantic's never reach users.
 
-In: one of pydantic's error dicts and the class that it is about. Out: a line with field, value and remedy.
+In: one of pydantic's error dicts, and the class it is about. Out: a line with field, value and remedy.
 """
 
 import difflib
@@ -19,7 +19,7 @@ Location = tuple[int | str, ...]
 
 
 def describe(error: Any, root: type[BaseModel]) -> str:
-    """One line for one of pydantic's error dicts: field, value, remedy."""
+    """One of pydantic's error dicts as a line: field, value, remedy."""
     location, kind = _below_unions(error["loc"]), error["type"]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FieldError):
@@ -29,17 +29,18 @@ def describe(error: Any, root: type[BaseModel]) -> str:
         return unknown(location, _fields_at(root, location[:-1]))
     if kind == "missing":
         return f"{dotted(location)}: missing; this field is required"
-    remedy = str(cause) if cause is not None else _remedy(kind, error, root, location)
+    # Of a time, pydantic's cause is text of its own.
+    remedy = str(cause) if isinstance(cause, ValueError) else _remedy(kind, error, root, location)
     return line(dotted(location), error["input"], remedy)
 
 
 def line(field: str, value: object, remedy: str) -> str:
-    """A problem as people read it."""
+    """A problem as one line."""
     return ": ".join(part for part in (field, shown(value) if value is not None else "", remedy) if part)
 
 
 def unknown(location: Location, known: Sequence[str]) -> str:
-    """The line about a field that there is not."""
+    """The line about an unknown field."""
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known fields are {', '.join(known)}"
     return f"{dotted(location)}: unknown field; {hint}"
@@ -51,7 +52,7 @@ _REMEDIES: dict[str, str] = {
     "float_type": "write a number, without quotes",
     "list_type": "write a list",
     "dict_type": "write a block of names and values",
-    "datetime_type": "write a time, as 2026-01-31T12:00:00Z",
+    "datetime_type": "write a time, such as 2026-01-31T12:00:00Z",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
@@ -61,9 +62,9 @@ _REMEDIES: dict[str, str] = {
     "too_short": "list at least {min_length}",
     "too_long": "list at most {max_length}; there are {actual_length}",
 }
-"""pydantic's error type -> what to do, filled in from the error's context."""
-UNKNOWN = "is not what this field takes; `kubectl explain` says what does"
-"""Said of an error that has no words yet; tests see to it that every error has."""
+"""pydantic's error type -> remedy, formatted with the error's context."""
+UNKNOWN = "is not valid for this field; see `kubectl explain`"
+"""For an error type without a phrase. Tests check that none reaches users."""
 _TIMES = ("datetime_", "timezone_")
 
 
@@ -89,16 +90,16 @@ def _choose(value: object, options: Sequence[str]) -> str:
 def _write_text(value: object) -> str:
     if isinstance(value, bool):
         return "write text, in quotes: YAML reads yes, no, on, off, y and n as true or false"
-    return "write text, in quotes" if isinstance(value, int | float) else "write text"
+    return "write text, in quotes"
 
 
 def _below_unions(location: Location) -> Location:
-    """The place in the manifest: pydantic adds ``[key]`` for the key of a map."""
+    """The location in the manifest, without pydantic's ``[key]`` for keys of a map."""
     return tuple(part for part in location if part != "[key]")
 
 
 def _fields_at(root: type[BaseModel], location: Location) -> list[str]:
-    """The field names, as written in manifests, of the block at ``location``."""
+    """The field names, as in manifests, of the block at ``location``."""
     model: type[BaseModel] | None = root
     for part in location:
         if isinstance(part, str) and model is not None:
@@ -107,7 +108,7 @@ def _fields_at(root: type[BaseModel], location: Location) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model class inside ``X | None``, ``list[X]`` and their like."""
+    """The model class in ``X | None``, ``list[X]`` and the like."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, UnionType, Annotated, list):
@@ -117,5 +118,5 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 @functools.cache
 def blocks_in(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """Field name, as written -> the class of its block or blocks; None for one that holds plain values."""
+    """Field name as written -> the class of its block or blocks; None for plain values."""
     return {f.alias or n: _model_in(f.annotation) for n, f in model.model_fields.items()}

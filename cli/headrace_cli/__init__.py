@@ -1,1 +1,1 @@
-"""``headrace``: the command line, and the local body that runs a manifest without a cluster."""
+"""``headrace``: the command line, and the local body, which runs a manifest without a cluster."""

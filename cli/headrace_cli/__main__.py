@@ -1,10 +1,10 @@
-"""Where the ``headrace`` command begins: Ctrl-C while modules are loaded ends it without a word."""
+"""Entry point of the ``headrace`` command. Ctrl-C during imports exits silently."""
 
 import signal
 
 
 def main() -> None:
-    """Load the commands, then run the one that was asked for."""
+    """Import the commands, then run the one asked for."""
     by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if by_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""One question to the server of a run, and to no other: ports move, and another run's server may listen there now."""
+"""Send a prompt to a run's server. Ports get reused, so check that the server really is this run's."""
 
 import http.client
 import json
@@ -15,57 +15,57 @@ from headrace_cli.problem import ExitCode, Problem
 
 _TIMEOUT_SECONDS = 120
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""A proxy for the outside world must not stand between this machine and its own server."""
+"""Bypasses any proxy: the server is on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server of this run that lives."""
+    """A live server of this run."""
 
     endpoint: str
-    """As ``http://127.0.0.1:8000``."""
+    """Such as ``http://127.0.0.1:8000``."""
     model: str
-    """What it must call its model."""
+    """The model name it must serve."""
 
 
 def find_server(folder: RunFolder, seen: Seen) -> Server:
-    """The server that an attempt of this run started.
+    """Find the server started by an attempt of this run.
 
     Raises:
-        Problem: there is none; it says how to start it.
+        Problem: no server is running; says how to start one.
     """
     attempts, run = LocalAttempts(folder=folder.attempts), seen.outline.command
     found = [(a, r.stage.deploy) for a in seen.live if (r := attempts.resolved(a)) is not None]
     servers = [(attempt, deploy) for attempt, deploy in found if deploy is not None]
     if not servers and "deploy" not in seen.outline.kinds.values():
-        raise Problem(f"{folder.name}: has no deploy stage, so it serves no model; add one and start it with {run}")
+        raise Problem(f"{folder.name}: no deploy stage, so no model is served; add one and start it with {run}")
     if not servers:
-        raise Problem(f"{folder.name}: no server of it is running; start it with {run}", code=ExitCode.FAILED)
-    # The newest that answers: an older one stays up until the next one does.
+        raise Problem(f"{folder.name}: no server is running; start it with {run}", code=ExitCode.FAILED)
+    # Prefer the newest that answers: an older one stays up until the next one does.
     for attempt, deploy in sorted(servers, key=lambda server: server[0].number, reverse=True):
         if attempt.progress is not None and attempt.progress.endpoint is not None:
             model = served_model_name(folder.name, deploy.from_.model)
             return Server(endpoint=attempt.progress.endpoint, model=model)
-    raise Problem(f"{folder.name}: {servers[0][0].stage} does not answer yet; try again soon", code=ExitCode.FAILED)
+    raise Problem(f"{folder.name}: {servers[0][0].stage} does not answer yet; try again shortly", code=ExitCode.FAILED)
 
 
 def ask(server: Server, prompt: str, *, max_tokens: int) -> str:
-    """The model's continuation of ``prompt``, greedily decoded.
+    """The model's continuation of ``prompt``, decoded greedily.
 
     Args:
-        server: whom to ask.
+        server: the server to ask.
         prompt: the text to continue.
-        max_tokens: the longest answer.
+        max_tokens: the longest continuation.
 
     Raises:
-        Problem: nothing answered, or not with a completion, or it is not the server of this run.
+        Problem: no answer, an answer that is no completion, or another run's server.
     """
     try:
         listed = [model["id"] for model in _call(f"{server.endpoint}/v1/models")["data"]]
         if listed != [server.model]:
             raise Problem(
-                f"{server.endpoint}: serves {', '.join(listed) or 'nothing'}, not {server.model}: another server has "
-                "taken the port",
+                f"{server.endpoint}: serves {', '.join(listed) or 'nothing'}, not {server.model}: another server took "
+                "the port",
                 code=ExitCode.FAILED,
             )
         body = {"model": server.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}

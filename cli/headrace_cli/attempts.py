@@ -1,8 +1,8 @@
-"""Attempts as local processes: one agent for each pod that a cluster would have.
+"""Attempts as local processes: one agent for each pod that a cluster would run.
 
 In: a ``ResolvedStage``. Out: ``Attempt`` values for the planner. An attempt is a folder with ``stage.json``,
-``processes.json``, and for each agent a log and an outcome; so a new ``headrace`` process sees what an old one started.
-Where a record was lost, the processes themselves are looked for (``processes.py``).
+``processes.json``, and a log and an outcome per agent, so a new ``headrace`` process sees what an earlier one started.
+If a record is lost, the processes themselves are searched for (``processes.py``).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ PROCESSES_FILE = "processes.json"
 _STOP_NOTE = "stop-requested"
 _GRACE = "HEADRACE_GRACE_SECONDS"
 _MARGIN_SECONDS = 5.0
-"""An agent that ended its ranks by force still has to say so."""
+"""Time for an agent to write its outcome after killing its ranks."""
 _POLL_SECONDS = 0.1
 _NO_SPACE_BYTES = 64 << 10
 _FOLDER = re.compile(r"^(?P<stage>.+)-(?P<number>[1-9][0-9]*)$")
@@ -49,10 +49,10 @@ def _grace_seconds() -> float:
 
 
 class Started(BaseModel):
-    """``processes.json``: what was started. Enough to go on with an attempt whose ``stage.json`` was lost."""
+    """``processes.json``: what was started. Enough to manage an attempt whose ``stage.json`` is lost."""
 
     pids: dict[int, int]
-    """Process ids of the agents, by pod index."""
+    """Pod index -> the agent's process id."""
     hash: str
     digest: str
 
@@ -63,35 +63,35 @@ class LocalAttempts:
 
     folder: Path
     cache: Path | None = None
-    """Where stages keep their inputs on this machine, over attempts and runs."""
+    """Where stages cache their inputs on this machine, across attempts and runs."""
     grace_seconds: float = field(default_factory=_grace_seconds)
-    """Time that an agent has to save and end, before it is ended."""
+    """How long an agent may take to save and exit before it is killed."""
     _children: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
-    """Agents that this process started; they must be waited for, or they stay as zombies."""
+    """Agents that this process started, to be reaped so that they do not stay zombies."""
     _known: dict[Path, tuple[int | None, dict[int, int]]] = field(default_factory=dict)
-    """Attempt -> time of its record -> process ids by pod index: as recorded, or as found in its place."""
+    """Attempt -> (mtime of its record, pod index -> process id), as recorded or else as found."""
     _asked: dict[Path, float] = field(default_factory=dict)
-    """When an attempt was asked to stop, where a note of it cannot be left."""
+    """When an attempt was asked to stop, if that could not be written to disk."""
 
     def observe(self) -> tuple[Attempt, ...]:
-        """Every attempt as it is now; nothing is changed."""
+        """Every attempt as it is now. Changes nothing."""
         for child in self._children.values():
             child.poll()
         found = []
         for folder in sorted(self.folder.glob("*/")):
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # removed concurrently
                 found += self._observe(folder)
         return tuple(found)
 
     def resolved(self, attempt: Attempt) -> ResolvedStage | None:
-        """What an attempt was started for; None where its record was lost."""
+        """The stage an attempt was started for; None if its record is lost."""
         return records.read_if_whole(self._folder(attempt.stage, attempt.number) / STAGE_FILE, ResolvedStage)
 
     def start(self, resolved: ResolvedStage) -> None:
-        """Start the agents of an attempt; one that exists is left alone.
+        """Start an attempt's agents, unless it exists.
 
         Raises:
-            OSError: a record cannot be written or a process cannot be started; nothing of the attempt is left running.
+            OSError: a record cannot be written or a process cannot be started; the attempt's processes are killed.
         """
         folder = self._folder(resolved.stage.name, resolved.attempt)
         if (folder / PROCESSES_FILE).exists() or self._live(folder):
@@ -112,9 +112,9 @@ class LocalAttempts:
             raise
 
     def stop(self, stage: str, number: int) -> None:
-        """Ask an attempt's agents to save and exit, and end them by force when they have not after the grace period.
+        """Ask an attempt's agents to save and exit; kill them after the grace period.
 
-        The folder of one that has ended is removed, but for the newest's, which has the log.
+        Removes the folder of an attempt that has ended, except the newest, whose log is kept.
         """
         folder = self._folder(stage, number)
         live = self._live(folder)
@@ -130,7 +130,7 @@ class LocalAttempts:
             kill_all(folder)
 
     def enforce(self, attempts: Iterable[Attempt]) -> None:
-        """Stop what is left of a gang that lost an agent, and see to it that what was asked to stop does."""
+        """Stop the rest of a gang that lost an agent, and follow up on stop requests."""
         for attempt in (a for a in attempts if a.state in LIVE):
             folder = self._folder(attempt.stage, attempt.number)
             ends = self._ends(folder, live=self._live(folder))
@@ -141,10 +141,10 @@ class LocalAttempts:
         """Stop every attempt and wait until no process of this folder is left.
 
         Args:
-            at_once: asked again and again; once it says so they are not let save any more.
+            at_once: polled; once true, attempts are killed without saving.
 
         Raises:
-            Problem: something cannot be ended.
+            Problem: a process cannot be killed.
         """
         while not at_once() and (live := [a for a in self.observe() if a.state in LIVE]):
             for attempt in live:
@@ -153,7 +153,7 @@ class LocalAttempts:
         kill_all(self.folder)
 
     def stages(self) -> set[str]:
-        """The stages of which there is an attempt."""
+        """The stages that have an attempt."""
         return {name["stage"] for f in self.folder.glob("*/") if (name := _FOLDER.match(f.name)) is not None}
 
     def log_files(self, stage: str) -> list[Path]:
@@ -165,7 +165,7 @@ class LocalAttempts:
         return sorted(logs, key=lambda path: int(path.stem.rpartition("-")[2]))
 
     def _observe(self, folder: Path) -> list[Attempt]:
-        """The attempt of a folder; none where the process that made it died before it started an agent."""
+        """The attempt in a folder; none if its creator died before it started an agent."""
         name, live = _FOLDER.match(folder.name), self._live(folder)
         if name is None or (not live and not (folder / PROCESSES_FILE).exists()):
             return []
@@ -189,7 +189,7 @@ class LocalAttempts:
         return [attempt]
 
     def _agents(self, folder: Path) -> Mapping[int, int]:
-        """Process ids by pod index: as recorded, else as found."""
+        """Pod index -> process id: as recorded, else as found."""
         record = folder / PROCESSES_FILE
         stamp = record.stat().st_mtime_ns if record.exists() else None
         if folder not in self._known or self._known[folder][0] != stamp:
@@ -202,7 +202,7 @@ class LocalAttempts:
         return {index: process for index, process in found.items() if process is not None}
 
     def _ends(self, folder: Path, *, live: Collection[int]) -> list[End]:
-        """How those agents ended that have."""
+        """How the agents ended, for those that have."""
         resolved = records.read_if_whole(folder / STAGE_FILE, ResolvedStage)
         indices = range(resolved.stage.compute.nodes) if resolved is not None else sorted(self._agents(folder)) or [0]
         return [_end(folder, index) for index in indices if index not in live]
@@ -231,7 +231,7 @@ class LocalAttempts:
         }
         command = [sys.executable, "-m", "headrace_trainer.agent", str(folder / STAGE_FILE)]
         with (folder / f"agent-{index}.log").open("ab") as log:
-            # A session of its own: Ctrl-C reaches only the command line, which stops agents in its own way.
+            # Its own session, so that Ctrl-C reaches only the command line, which stops agents its own way.
             child = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -268,19 +268,19 @@ def _outcome(folder: Path, index: int) -> Outcome:
     if shutil.disk_usage(folder).free < _NO_SPACE_BYTES:
         message = f"{folder}: no space left on the device: free some"
         return Outcome(fault=FaultClass.STORAGE, reason="NoSpace", message=message)
-    message = f"the agent ended without a word; see {folder / f'agent-{index}.log'}"
+    message = f"the agent left no outcome; see {folder / f'agent-{index}.log'}"
     return Outcome(fault=FaultClass.POD, reason="AgentVanished", message=message)
 
 
 def _end(folder: Path, index: int) -> End:
-    """How an agent ended. One that left no word was ended from outside, and its peers fail of its absence."""
+    """How an agent ended. One without an outcome was killed from outside, and its peers failed for lack of it."""
     outcome, file = _outcome(folder, index), folder / f"outcome-{index}.json"
     at = datetime.fromtimestamp(file.stat().st_mtime, UTC) if file.exists() else None
     return End(outcome=outcome, index=index, at=at, taken=outcome.fault is FaultClass.POD)
 
 
 def _ended_at(folder: Path) -> datetime:
-    """When an attempt of which nothing lives gave its last sign of life."""
+    """When a dead attempt last wrote anything."""
     signs = [*folder.glob("outcome-*.json"), *folder.glob("agent-*.log"), *folder.glob("*.json")]
     return datetime.fromtimestamp(max(f.stat().st_mtime for f in signs), UTC)
 

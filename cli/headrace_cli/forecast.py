@@ -1,7 +1,7 @@
-"""``headrace plan``: what each stage would do and need, before anything is started.
+"""``headrace plan``: what each stage would do and need, without starting anything.
 
-What is skipped is not guessed: the planner that ``headrace run`` obeys is asked, over and over, as if every stage that
-it starts succeeded at once.
+Skips are not guessed: we ask the planner that ``headrace run`` obeys, again and again, as if every stage that it starts
+succeeded at once.
 """
 
 from dataclasses import replace
@@ -28,29 +28,29 @@ from headrace_operator.brain.plan import AttemptKey, plan
 
 _DEFAULT_VOCAB = 32_768
 _PLANS_PER_STAGE = 20
-"""Starting, finishing and waiting for a retry need a few; more means that the planner waits for what never comes."""
+"""A stage needs a few: start, finish, wait for a retry. More means that the planner waits for something impossible."""
 
 
 class Action(StrEnum):
-    """What a run would do about a stage."""
+    """What a run would do with a stage."""
 
     SKIP = "skip"
-    """Its result is there and unchanged."""
+    """Its artifact exists and is up to date."""
     RUN = "run"
     KEEP = "keep"
-    """It runs already, and goes on."""
+    """It is running, and stays so."""
     WAIT = "wait"
     """The manifest asks for the run to be suspended."""
 
 
 def forecast(run: TrainingRun, observed: Observed) -> list[dict[str, Any]]:
-    """One row a stage: whether it would run, its ranks, and for pretraining its arithmetic.
+    """One row per stage: whether it would run, its ranks, and the arithmetic of pretraining.
 
-    A stage that is made again from the same spec and inputs is taken to give the same result.
+    A stage rerun from the same spec and inputs is assumed to produce the same artifact.
 
     Args:
-        run: the localized manifest, with the status of an earlier run where there is one.
-        observed: the attempts of that run.
+        run: the localized manifest, with the status of an earlier run if there is one.
+        observed: that run's attempts.
     """
     actions = _actions(run, observed)
     return [
@@ -90,7 +90,7 @@ def _stopped(attempt: Attempt) -> Attempt:
 
 
 def _finished(resolved: ResolvedStage, observed: Observed, *, digest: str) -> Attempt:
-    """The attempt as it is when all went well: ended, or for a server answering."""
+    """The attempt after success: ended or, for a server, answering."""
     serves = resolved.stage.config.RUNS_AS is RunsAs.SERVICE
     progress = Progress(stage=resolved.stage.name, attempt=resolved.attempt, endpoint="http://", time=observed.now)
     return Attempt(
@@ -104,7 +104,7 @@ def _finished(resolved: ResolvedStage, observed: Observed, *, digest: str) -> At
 
 
 def _in_storage(resolved: ResolvedStage) -> Artifact | None:
-    """The stage's result, where an agent would find it too: another run, or one that was forgotten, left it there."""
+    """The stage's artifact, if storage has one that an agent would reuse."""
     if "://" in resolved.output_uri:
         return None
     try:
@@ -115,7 +115,7 @@ def _in_storage(resolved: ResolvedStage) -> Artifact | None:
 
 
 def _same_or_new(resolved: ResolvedStage, before: StageStatus | None) -> str:
-    """The digest that a stage's result will have: the one before, if it is made again from the same."""
+    """The digest that the stage's artifact will have: the last one, if it is rebuilt from the same spec and inputs."""
     if before is not None and before.hash == resolved.hash and before.artifact is not None:
         return before.artifact.digest
     return resolved.hash
@@ -151,7 +151,7 @@ def _needs(run: TrainingRun, stage: Stage) -> dict[str, Any]:
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """The rows for people."""
+    """Render the rows as a table."""
     out = Table(title=f"{name}: what a run would do", title_justify="left", box=None, padding=(0, 2, 0, 0))
     out.add_column("stage", overflow="fold")
     for column in ("kind", "action", "nodes", "ranks"):

@@ -1,8 +1,8 @@
 """Where a local run keeps its state: ``<home>/runs/<name>/``.
 
-``manifest.yaml`` what was asked for, its paths absolute; ``status.json`` what the custom resource's ``.status`` would
-hold; ``attempts/`` one folder an attempt; ``artifacts/`` the storage, unless the manifest names another; ``lock`` held by
-the one process that works on the run. ``<home>/cache/`` is what stages of any run have fetched and verified.
+``manifest.yaml``: the manifest, with absolute paths. ``status.json``: the custom resource's ``.status``. ``attempts/``:
+a folder per attempt. ``artifacts/``: the storage, unless the manifest names another. ``lock``: held by whoever runs it.
+``<home>/cache/``: inputs fetched and verified by the stages of any run.
 """
 
 import contextlib
@@ -28,33 +28,33 @@ from headrace_cli.problem import ExitCode, Problem
 from headrace_cli.processes import started
 
 HOME = Path(".headrace")
-"""Where local runs are kept if nobody says otherwise, below the current folder."""
+"""The default home, relative to the current folder."""
 _FILE_ANNOTATION = "headrace.dev/file"
 
 
 class Busy(Problem):
-    """Another process works on the run."""
+    """Another process is running the run."""
 
 
 class Gone(Problem):
-    """The run's folder was removed while this process worked on it."""
+    """The run's folder was removed while this process was using it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What every command can say of a run, even of one that another version of Headrace wrote."""
+    """What every command can say about a run, even one that another version of Headrace wrote."""
 
     name: str
     kinds: dict[str, str] = field(default_factory=dict)
-    """Stage -> kind, in order; empty where the manifest was lost."""
+    """Stage -> kind, in order; empty if the manifest is lost."""
     file: str | None = None
-    """The manifest that the user named."""
+    """The manifest file that the user gave."""
     uid: str | None = None
     home: Path = HOME
 
     @property
     def command(self) -> str:
-        """What a user types to go on with the run."""
+        """The command that continues the run."""
         usual = Path(os.environ.get("HEADRACE_HOME", HOME)).resolve()
         words = ["headrace", "run", self.file or "FILE"]
         return shlex.join(words if self.home.resolve() == usual else [*words, "--home", str(self.home)])
@@ -73,12 +73,12 @@ class RunFolder:
 
     @property
     def attempts(self) -> Path:
-        """One folder an attempt, named ``<stage>-<number>``."""
+        """Holds one folder per attempt, named ``<stage>-<number>``."""
         return self.path / "attempts"
 
     @property
     def cache(self) -> Path:
-        """Inputs of stages on this machine; the runs of a home share it."""
+        """Cached stage inputs, shared by all runs of a home."""
         return self.path.parents[1] / "cache"
 
     @property
@@ -91,7 +91,7 @@ class RunFolder:
         return any((self.path / part).exists() for part in ("manifest.yaml", "status.json", "attempts"))
 
     def outline(self) -> Outline:
-        """Name, stages and origin, from as much of ``manifest.yaml`` as can be read."""
+        """Name, stages and origin, from whatever can be read of ``manifest.yaml``."""
         try:
             manifest = yaml.safe_load((self.path / "manifest.yaml").read_text(encoding="utf-8"))
             metadata = manifest["metadata"]
@@ -106,30 +106,29 @@ class RunFolder:
             return Outline(name=self.name, home=self.path.parents[1])
 
     def uid(self) -> str:
-        """An identity that lasts as long as the folder: the manifest's, or where that was lost its attempts'."""
+        """An identity for the life of the folder: the manifest's uid, or if that is lost, its attempts'."""
         attempts = (records.read_if_whole(f, ResolvedStage) for f in sorted(self.attempts.glob(f"*/{STAGE_FILE}")))
         return self.outline().uid or next((a.run_uid for a in attempts if a is not None), None) or str(uuid.uuid4())
 
     def save_manifest(self, run: TrainingRun, *, file: Path) -> None:
-        """Keep what was asked for, and which file that was."""
+        """Store the manifest, and which file it came from."""
         manifest = as_object(run)
         manifest["metadata"]["annotations"] = {_FILE_ANNOTATION: str(file.absolute())}
         records.write(self.path / "manifest.yaml", yaml.safe_dump(manifest, sort_keys=False), durable=True)
 
     def status(self) -> RunStatus:
-        """The newest status; an empty one before the first.
+        """The latest status; an empty one before the first.
 
         Raises:
-            Damaged: ``status.json`` cannot be understood.
+            Damaged: ``status.json`` is unreadable.
         """
         return records.read(self.path / "status.json", RunStatus) or RunStatus()
 
     def status_if_whole(self) -> RunStatus:
-        """The newest status; an empty one where it was lost."""
+        """The latest status; an empty one if it is missing or damaged."""
         return records.read_if_whole(self.path / "status.json", RunStatus) or RunStatus()
 
     def save_status(self, status: RunStatus, *, durable: bool) -> None:
-        """Replace the status."""
         records.write(self.path / "status.json", json.dumps(status.dump(), indent=1) + "\n", durable=durable)
 
     def begun_at(self) -> datetime | None:
@@ -141,10 +140,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator["Lock"]:
-        """Hold the run for this process.
+        """Lock the run for this process.
 
         Raises:
-            Busy: another process holds it.
+            Busy: another process holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("ab") as file:
@@ -160,7 +159,7 @@ class RunFolder:
                 lock.sign("")
 
     def holder(self) -> psutil.Process | None:
-        """The process that works on the run."""
+        """The process that holds the lock."""
         try:
             pid, when = (self.path / "lock").read_text().split()
             process = psutil.Process(int(pid))
@@ -170,19 +169,19 @@ class RunFolder:
 
     def _busy(self) -> Busy:
         holder = self.holder()
-        who = f"process {holder.pid}" if holder is not None else "a process that is not seen from here"
+        who = f"process {holder.pid}" if holder is not None else "a process not visible from here"
         return Busy(f"{self.name}: another headrace process is running it, {who}; headrace stop {self.name} stops it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lock:
-    """A run that this process holds."""
+    """A lock held by this process."""
 
     folder: RunFolder
     file: IO[bytes]
 
     def check(self) -> None:
-        """Do nothing while the folder is the one that was locked.
+        """Check that the folder is still the one that was locked.
 
         Raises:
             Gone: it was removed; another process may hold a new one.
@@ -192,23 +191,22 @@ class Lock:
         except FileNotFoundError:
             same = False
         if not same:
-            said = f"{self.folder.path}: was removed while the run used it; its processes were ended"
+            said = f"{self.folder.path}: removed while the run was using it; its processes were stopped"
             raise Gone(said, code=ExitCode.FAILED)
 
     def sign(self, text: str) -> None:
-        """Say who holds the lock. On a full disk that stays unknown, and the lock holds all the same."""
+        """Record who holds the lock. On a full disk that fails silently; the lock still holds."""
         with contextlib.suppress(OSError):
             os.ftruncate(self.file.fileno(), 0)
             os.pwrite(self.file.fileno(), text.encode(), 0)
 
 
 def run_folder(home: Path, name: str) -> RunFolder:
-    """The folder of a run of this name."""
     return RunFolder(path=home.resolve() / "runs" / name)
 
 
 def run_folders(home: Path) -> list[RunFolder]:
-    """Every run of a home, the newest first."""
+    """All runs in a home, newest first."""
     try:
         paths = list((home.resolve() / "runs").iterdir())
     except FileNotFoundError:
@@ -219,5 +217,5 @@ def run_folders(home: Path) -> list[RunFolder]:
 
 
 def _kind(stage: dict[str, Any]) -> str:
-    """The kind of a stage as written, be it one that this version does not know."""
+    """A stage's kind as written, even one unknown to this version."""
     return next((str(key) for key in stage if key not in ("name", "compute")), "?")

@@ -1,7 +1,7 @@
-"""What is true of a run now: its last status, corrected by which processes live.
+"""The current state of a run: its stored status, corrected by which processes are alive.
 
-``status.json`` says what was true when the command that ran it last wrote; that command, its agents or the whole
-machine may have ended since.
+``status.json`` was true when ``headrace run`` last wrote it. That command, its agents or the whole machine may have
+died since.
 """
 
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ from headrace_operator.brain.observed import LIVE, Attempt
 from headrace_operator.brain.report import progress_columns
 
 INTERRUPTED = "Interrupted"
-"""The summary of a run that no process works on, and that nobody asked to stop."""
+"""The summary of a run that has no process although nobody stopped it."""
 _STILL = frozenset({StageState.PENDING, StageState.SUSPENDED, StageState.SUCCEEDED, StageState.FAILED})
-"""States in which no attempt works."""
+"""States without a running attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """A run, looked at from outside."""
+    """A run, seen from outside."""
 
     outline: Outline
     status: RunStatus
     attended: bool
-    """Whether a headrace process works on it."""
+    """Whether a headrace process is running it."""
     live: tuple[Attempt, ...]
-    """Attempts of which a process lives."""
+    """Attempts with a live process."""
 
 
 def look(folder: RunFolder) -> Seen:
-    """See what is true of a run; nothing is changed.
+    """Look at a run. Changes nothing.
 
     Raises:
-        Damaged: its status cannot be understood.
+        Damaged: its status is unreadable.
     """
     attended = folder.holder() is not None
     attempts = LocalAttempts(folder=folder.attempts).observe()
@@ -52,20 +52,20 @@ def look(folder: RunFolder) -> Seen:
 
 
 class Rest(Enum):
-    """Why nothing of a run works."""
+    """Why a run has no process."""
 
-    INTERRUPTED = "no process works on it, and nobody asked it to stop"
+    INTERRUPTED = "no process is running it, and nobody stopped it"
     STOPPED = "stopped on request"
 
 
 def as_it_is(stored: RunStatus, attempts: Sequence[Attempt], *, now: datetime, rest: Rest) -> RunStatus:
-    """The status of a run that no headrace process works on. Pure.
+    """The true status of a run that no headrace process is running. Pure.
 
     Args:
-        stored: what was true when its process last wrote.
-        attempts: as they are now; their agents may live on, or have finished since.
-        now: when that is.
-        rest: what to call a run that was under way and of which nothing lives.
+        stored: the status that its process last wrote.
+        attempts: the current attempts, whose agents may still run or have finished since.
+        now: the current time.
+        rest: what to call a run that was under way and has no process left.
     """
     stages = [_stage(s, attempts, now=now) for s in stored.stages]
     found = {"stages": stages, "endpoint": next((s.endpoint for s in stages if s.endpoint), None)}
@@ -92,7 +92,7 @@ def _newest(status: StageStatus, attempts: Sequence[Attempt]) -> Attempt | None:
 
 
 def _stage(status: StageStatus, attempts: Sequence[Attempt], *, now: datetime) -> StageStatus:
-    """The stage, suspended if it was said to work or to serve and no process of its attempt lives."""
+    """The stage, marked suspended if its status says that it works or serves but its attempt has no live process."""
     attempt, endpoint = _newest(status, attempts), _endpoint(status, attempts)
     lives = attempt is not None and attempt.state in LIVE
     if lives or (status.state in _STILL and status.endpoint == endpoint):
@@ -106,14 +106,14 @@ def _stage(status: StageStatus, attempts: Sequence[Attempt], *, now: datetime) -
 
 
 def _endpoint(status: StageStatus, attempts: Sequence[Attempt]) -> str | None:
-    """Where the stage's model answers: an older server stays up until the next one does."""
+    """Where the stage's model answers. An older server stays up until the next one answers."""
     live = [a for a in attempts if a.stage == status.name and a.state in LIVE and a.progress is not None]
     newest = sorted(live, key=lambda a: a.number, reverse=True)
     return next((a.progress.endpoint for a in newest if a.progress is not None and a.progress.endpoint), None)
 
 
 def _resting(status: StageStatus, rest: Rest) -> StageStatus:
-    """The stage at which the run rests; a stop on request costs nothing, as when the planner suspends it."""
+    """The stage at which the run rests. Like a suspend by the planner, a stop on request charges no budget."""
     status = status.model_copy(update={"state": StageState.SUSPENDED, "retry_at": None})
     if rest is Rest.INTERRUPTED:
         return status
@@ -121,7 +121,7 @@ def _resting(status: StageStatus, rest: Rest) -> StageStatus:
 
 
 def _how_far(stored: RunStatus, attempt: Attempt | None) -> dict[str, object]:
-    """Progress that was reported after the status was written."""
+    """Progress reported after the status was written."""
     progress = attempt.progress if attempt is not None else None
     if attempt is None or progress is None:
         return {}

@@ -1,7 +1,7 @@
-"""The local body: the planner's plans carried out with processes and a directory.
+"""The local body: carries out plans with processes and a directory.
 
-``LocalBody.go`` observes, plans, writes the status, starts and stops, until the run is complete, failed or suspended.
-``prepare`` says what running a run again means; ``headrace plan`` shares it.
+``LocalBody.go`` observes, plans, writes the status, and starts and stops attempts until the run is complete, failed or
+suspended. ``prepare`` defines what rerunning a run means; ``headrace plan`` uses it too.
 """
 
 import os
@@ -27,17 +27,17 @@ from headrace_operator.brain.plan import AttemptKey, Event, Plan, plan
 
 _TICK_SECONDS = 0.2
 
-_SUSPENDING = Event(type="Normal", reason="Suspending", message="after a checkpoint; Ctrl-C again ends it at once")
+_SUSPENDING = Event(type="Normal", reason="Suspending", message="after a checkpoint; Ctrl-C again stops at once")
 
 Watcher = Callable[[TrainingRun, tuple[Event, ...]], None]
-"""Told of every new status, and of the events that led to it."""
+"""Called with every new status and the events that led to it."""
 
 
 def localize(run: TrainingRun, *, manifest: Path, folder: RunFolder) -> TrainingRun:
-    """The run with relative paths made absolute, beside its manifest, with a default storage and its last status.
+    """The run with paths made absolute (relative to its manifest), a default storage, and its last status.
 
     Raises:
-        ManifestError: a path is too long once it is absolute.
+        ManifestError: an absolute path is too long.
     """
     base = manifest.absolute().parent
     value = run.dump()
@@ -55,18 +55,18 @@ def _absolute(uri: str, base: Path) -> str:
 
 
 def prepare(run: TrainingRun, observed: Observed) -> TrainingRun:
-    """The run as a new ``headrace run`` takes it up: results that were removed are made again, and a failed run gets its
-    budgets back, because running it again means: try again."""
+    """The run as ``headrace run`` picks it up. Removed artifacts are rebuilt; a failed run gets its budgets back, since
+    running it again means retrying it."""
     stages = [s if _is_there(s) else StageStatus(name=s.name, attempt=s.attempt) for s in run.status.stages]
     run = _with_status(run, run.status.model_copy(update={"stages": stages}))
     if not any(s.state is StageState.FAILED for s in stages):
         return run
-    # Suspending is what gives a failed stage its budgets back.
+    # Suspending resets a failed stage's budgets.
     return _with_status(run, plan(_suspended(run), observed).status)
 
 
 def _is_there(status: StageStatus) -> bool:
-    """Whether a result is in its storage. Only a directory is looked at; what is in S3 is verified by its readers."""
+    """Whether an artifact is still in storage. Only directories are checked; readers verify what is in S3."""
     if status.state is not StageState.SUCCEEDED or status.artifact is None or "://" in status.artifact.uri:
         return True
     try:
@@ -78,7 +78,7 @@ def _is_there(status: StageStatus) -> bool:
 
 @dataclass
 class Interrupts:
-    """What the user has asked for while a run goes on."""
+    """What the user has asked of a running run."""
 
     suspend: bool = False
     """Stop after a checkpoint."""
@@ -88,7 +88,7 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """While the block runs, Ctrl-C, SIGTERM and a closed terminal suspend; a second Ctrl-C ends everything at once."""
+    """Within the block, Ctrl-C, SIGTERM and a closed terminal suspend the run; a second Ctrl-C stops it at once."""
     asked, presses = Interrupts(), 0
     terminals = [stream for stream in range(3) if os.isatty(stream)]
 
@@ -115,7 +115,7 @@ def _nohup(number: signal.Signals) -> bool:
 
 
 def _leave(terminals: list[int]) -> None:
-    """A terminal that was closed cannot be written to any more, and that must not fail the run."""
+    """Redirect a closed terminal to /dev/null, so that writing to it does not fail the run."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in terminals:
         os.dup2(nowhere, stream)
@@ -135,11 +135,11 @@ class LocalBody:
         self.attempts = LocalAttempts(folder=self.folder.attempts, cache=self.folder.cache)
 
     def go(self, asked: Interrupts) -> RunStatus:
-        """Work until the run is complete, failed or suspended. Whatever else ends it, no process is left behind.
+        """Work until the run is complete, failed or suspended. However it ends, no process is left behind.
 
         Raises:
             Gone: the run's folder was removed.
-            OSError: the status or a record of an attempt cannot be written.
+            OSError: the status or an attempt's record cannot be written.
         """
         try:
             return self._work(asked)
@@ -161,10 +161,10 @@ class LocalBody:
             time.sleep(_TICK_SECONDS)
 
     def _step(self) -> bool:
-        """Observe, plan, carry out.
+        """Observe, plan and act once.
 
         Returns:
-            Whether the run is at rest: nothing was started, nothing has to be stopped, and nothing more would be.
+            Whether the run is at rest: nothing was started, and nothing is still to be stopped or started.
         """
         self.lock.check()
         observed = self._observe()
@@ -187,7 +187,7 @@ class LocalBody:
         before = self.run.status
         if decided.status != before:
             self.run = _with_status(self.run, decided.status)
-            # Progress is worth less than the wait for a disk.
+            # Progress is not worth an fsync.
             durable = (before.stages, before.conditions) != (decided.status.stages, decided.status.conditions)
             self.folder.save_status(decided.status, durable=durable)
         self.watch(self.run, decided.events)

@@ -1,4 +1,4 @@
-"""What the agents of a run wrote, and what they write from now on."""
+"""The logs of a run's agents, with follow mode."""
 
 import time
 from collections.abc import Iterator
@@ -16,30 +16,30 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A part of one log."""
+    """A chunk of one log."""
 
     path: Path
     content: bytes
 
     @property
     def title(self) -> str:
-        """Attempt and agent, as ``base-2 agent-0``."""
+        """Attempt and agent, such as ``base-2 agent-0``."""
         return f"{self.path.parent.name} {self.path.stem}"
 
 
 def read_logs(folder: RunFolder, *, stage: str | None, follow: bool) -> Iterator[Piece]:
-    """The newest attempt of each stage, in order; then, if asked, whatever is written until the run ends.
+    """The logs of each stage's newest attempt, in order; with ``follow``, also everything written until the run ends.
 
-    A stage or an attempt that begins meanwhile is followed too.
+    Stages and attempts that start meanwhile are followed too.
 
     Args:
         folder: the run.
-        stage: only this one.
-        follow: whether to go on.
+        stage: limits it to this stage.
+        follow: whether to keep reading.
     """
     read: dict[Path, int] = {}
     while True:
-        # Looked at first: what was written before the end must still be read.
+        # Check first: whatever was written before the end must still be read.
         ended = not follow or _has_ended(look(folder), stage=stage)
         for path in _newest(folder, stage=stage):
             yield from _unread(path, read)
@@ -55,7 +55,7 @@ def _newest(folder: RunFolder, *, stage: str | None) -> list[Path]:
 
 
 def _has_ended(seen: Seen, *, stage: str | None) -> bool:
-    """Whether nothing more will be written; for a whole run, a server that stays up does not count."""
+    """Whether nothing more will be written. For a whole run, a server that stays up does not count."""
     lives = {a.stage for a in seen.live}
     if stage is not None:
         state = next((s.state for s in seen.status.stages if s.name == stage), None)
@@ -72,4 +72,4 @@ def _unread(path: Path, read: dict[Path, int]) -> Iterator[Piece]:
                 read[path] = log.tell()
                 yield Piece(path=path, content=piece)
     except FileNotFoundError:
-        return  # an old attempt's folder is removed when newer ones have ended
+        return  # the folder of an old attempt is removed once newer ones have ended

@@ -1,7 +1,7 @@
-"""What this machine can do of a run, said before anything is started.
+"""Whether this machine can run a manifest, checked before anything starts.
 
-``check`` is pure: it holds the run against a ``Machine`` and against the files that are there. What cannot work is an
-error, with which ``headrace run`` ends at once; ``headrace validate`` shows it as a warning, because a cluster may do it.
+``check`` compares the run with a ``Machine`` and with the files that exist. What cannot work is an error and ends
+``headrace run`` at once; ``headrace validate`` only warns about it, because a cluster may be able to do it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _ELSEWHERE = "a cluster may have more"
 
 
 class Severity(StrEnum):
-    """Whether a run can be tried here."""
+    """Whether the run can be tried here."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -37,7 +37,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something about this machine that the run does not fit."""
+    """Something that this machine cannot do, or hardly."""
 
     severity: Severity
     text: str
@@ -46,16 +46,16 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What there is."""
+    """The machine's resources."""
 
     memory: int
-    """Bytes of main memory, or of the container's part of it."""
+    """Bytes of main memory, or the container's limit."""
     gpu_memory: tuple[int, ...] = ()
-    """Bytes of each GPU."""
+    """Bytes of memory of each GPU."""
 
 
 def this_machine() -> Machine:
-    """What this machine has, as the kernel and nvidia-smi say."""
+    """This machine's resources, according to the kernel and nvidia-smi."""
     memory = psutil.virtual_memory().total
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or its limit is "max"
         memory = min(memory, int(_CGROUP_MEMORY.read_text()))
@@ -75,12 +75,12 @@ def _gpus() -> tuple[int, ...]:
 
 
 def check(run: TrainingRun, machine: Machine, *, stages: Collection[str]) -> list[Finding]:
-    """What of a run does not fit this machine.
+    """What this machine cannot do of a run.
 
     Args:
         run: the run, with absolute paths and a storage.
-        machine: what there is.
-        stages: names of the stages that would run; what is done needs nothing.
+        machine: the machine's resources.
+        stages: the stages that would run; finished ones need nothing.
     """
     findings = list(_storage(run))
     for i, stage in enumerate(run.spec.stages):
@@ -103,7 +103,7 @@ def _warning(field: str, value: object, remedy: str) -> Finding:
 
 
 def _local_path(uri: str) -> Path | None:
-    """The path that an address means on this machine; None for a bucket."""
+    """The local path that a URI refers to; None for a bucket."""
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return Path(uri)
@@ -111,7 +111,7 @@ def _local_path(uri: str) -> Path | None:
 
 
 def _storage(run: TrainingRun) -> Iterator[Finding]:
-    assert run.spec.storage.uri is not None, "a local run has a storage of its own"
+    assert run.spec.storage.uri is not None, "localize() sets storage.uri"
     folder = _local_path(run.spec.storage.uri)
     if folder is None:
         return
@@ -119,7 +119,7 @@ def _storage(run: TrainingRun) -> Iterator[Finding]:
     if not above.is_dir():
         yield _error("spec.storage.uri", str(folder), f"{above} is a file; name a folder")
     elif not os.access(above, os.W_OK | os.X_OK):
-        yield _error("spec.storage.uri", str(folder), f"{above} cannot be written to; name another folder")
+        yield _error("spec.storage.uri", str(folder), f"{above} is not writable; name another folder")
 
 
 def _sources(field: str, stage: Stage) -> Iterator[Finding]:
@@ -144,7 +144,7 @@ def _gpu_count(field: str, stage: Stage, machine: Machine) -> Iterator[Finding]:
     if stage.training is not None and stage.training.precision is Precision.FP8 and there == 0:
         yield _error(f"{field}.{stage.kind}.precision", "fp8", "this machine has no GPU; use bf16 or fp32 here")
     elif there == 0:
-        ranks = f"its {compute.world} ranks share the processors" if compute.world > 1 else "it takes the processors"
+        ranks = f"its {compute.world} ranks share the CPU" if compute.world > 1 else "it runs on the CPU"
         yield _warning(f"{field}.compute.gpusPerNode", compute.gpus_per_node, f"this machine has no GPU; {ranks}")
     else:
         has = f"this machine has {there} of the {wanted} GPUs; ask for fewer: {_ELSEWHERE}"
@@ -152,7 +152,7 @@ def _gpu_count(field: str, stage: Stage, machine: Machine) -> Iterator[Finding]:
 
 
 def _memory(field: str, run: TrainingRun, stage: Stage, machine: Machine) -> Iterator[Finding]:
-    """State and activations of all ranks against this machine's memory, or of one rank against its GPU's."""
+    """Compare the state and activations of all ranks with this machine's memory, or of one rank with a GPU's."""
     on_gpus = bool(machine.gpu_memory) and stage.compute.gpus_per_node > 0
     estimate = least_estimate(run, stage, on_gpus=on_gpus)
     if estimate is None:

@@ -1,4 +1,4 @@
-"""The commands. Each is thin: read, call one module, print. ``main`` is the one boundary for errors (``problem.py``)."""
+"""The commands. Each one reads its input, calls one module and prints. ``main`` handles all errors (``problem.py``)."""
 
 import json
 import os
@@ -35,11 +35,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )  # fmt: skip
 _PLAIN_WIDTH = 140
-"""Columns of a table that goes to a file or a pipe."""
+"""Table width when writing to a file or pipe."""
 
 
 class Output(StrEnum):
-    """How a command prints what it found."""
+    """Output formats."""
 
     TABLE = "table"
     JSON = "json"
@@ -55,15 +55,15 @@ out, err = _console(stderr=False), _console(stderr=True)
 
 
 def _names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The runs that a shell offers for NAME."""
+    """Completions for NAME."""
     home = Path(ctx.params.get("home") or os.environ.get("HEADRACE_HOME") or HOME)
     return [folder.name for folder in run_folders(home) if folder.name.startswith(incomplete)]
 
 
 Manifest = Annotated[Path, typer.Argument(help="A YAML file with one TrainingRun.", metavar="FILE")]
-Home = Annotated[Path, typer.Option(envvar="HEADRACE_HOME", help="Where local runs keep their state.")]
+Home = Annotated[Path, typer.Option(envvar="HEADRACE_HOME", help="The folder that holds local runs.")]
 Name = Annotated[str, typer.Argument(help="The run's name.", metavar="NAME", autocompletion=_names)]
-Format = Annotated[Output, typer.Option("-o", "--output", help="How to print it.")]
+Format = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -82,7 +82,7 @@ def options(
 
 
 def _load(file: Path) -> TrainingRun:
-    """The manifest; whatever is wrong with it is the manifest's fault."""
+    """Load a manifest. Any error counts as the manifest's fault."""
     try:
         return load_run(file)
     except ManifestError:
@@ -94,7 +94,7 @@ def _load(file: Path) -> TrainingRun:
 def _known(home: Path, name: str) -> RunFolder:
     folder = run_folder(home, name)
     if Path(name).name != name or not folder.exists():
-        raise Problem(f"{name}: no run of this name under {home}; start one with `headrace run FILE`, or set --home")
+        raise Problem(f"{name}: no such run under {home}; start one with `headrace run FILE`, or set --home")
     return folder
 
 
@@ -110,7 +110,7 @@ def _print(value: Any, table: RenderableType, *, output: Output) -> None:
 
 @app.command()
 def run(file: Manifest, home: Home = HOME) -> None:
-    """Run a manifest on this machine; a run that was interrupted goes on where it was."""
+    """Run a manifest on this machine. An interrupted run resumes."""
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
     with interrupts() as asked, folder.locked() as lock:
@@ -130,10 +130,10 @@ def _forecast(local: TrainingRun, folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def _check_machine(local: TrainingRun, *, stages: Collection[str]) -> None:
-    """Say what of the stages this machine can hardly do.
+    """Warn about stages that strain this machine.
 
     Raises:
-        ManifestError: there is something that it cannot do at all.
+        ManifestError: the machine cannot run a stage at all.
     """
     findings = machine.check(local, machine.this_machine(), stages=stages)
     errors = [finding.text for finding in findings if finding.severity is machine.Severity.ERROR]
@@ -147,20 +147,20 @@ def _warn_of_damage(folder: RunFolder) -> None:
     try:
         folder.status()
     except Damaged as error:
-        err.print(f"warning: {error}; results are looked for in storage", markup=False, soft_wrap=True)
+        err.print(f"warning: {error}; looking for results in storage", markup=False, soft_wrap=True)
 
 
 def _conclude(finished: TrainingRun, status: RunStatus) -> NoReturn:
-    """Print how the run ended and leave with its exit code."""
+    """Print how the run ended and exit with its code."""
     kinds = {stage.name: stage.kind for stage in finished.spec.stages}
     out.print(view.summary_view(finished.metadata.name, kinds, status, now=datetime.now(UTC)))
     if status.condition(ConditionType.FAILED):
         failed = next(s for s in status.stages if s.state is StageState.FAILED)
         err.print(f"error: {failed.name}: {failed.reason}: {failed.message}", markup=False, soft_wrap=True)
-        err.print(f"The log: headrace logs {finished.metadata.name} --stage {failed.name}", markup=False)
+        err.print(f"For its log: headrace logs {finished.metadata.name} --stage {failed.name}", markup=False)
         raise typer.Exit(ExitCode.FAILED)
     if status.condition(ConditionType.SUSPENDED):
-        err.print("Suspended; run the same command again to go on.")
+        err.print("Suspended; run the same command again to resume.")
         raise typer.Exit(ExitCode.SUSPENDED)
     _print_results(finished)
     raise typer.Exit(ExitCode.COMPLETE)
@@ -174,13 +174,13 @@ def _print_results(finished: TrainingRun) -> None:
             out.print(f"Model       {status.artifact.uri}", soft_wrap=True)
         if status.endpoint is not None:
             out.print(
-                f"Endpoint    {status.endpoint}  (ends with: headrace stop {finished.metadata.name})", soft_wrap=True
+                f"Endpoint    {status.endpoint}  (to stop it: headrace stop {finished.metadata.name})", soft_wrap=True
             )
 
 
 @app.command()
 def validate(file: Manifest, home: Home = HOME) -> None:
-    """Check a manifest, and warn of what this machine could not do; nothing is started."""
+    """Check a manifest, and warn about what this machine cannot run. Starts nothing."""
     manifest = _load(file)
     stages = ", ".join(f"{s.name} ({s.kind})" for s in manifest.spec.stages)
     out.print(f"{file}: valid: {manifest.metadata.name}: {stages}", markup=False, soft_wrap=True)
@@ -199,7 +199,7 @@ def _problems_here(manifest: TrainingRun, *, file: Path, home: Path) -> list[str
 
 @app.command()
 def plan(file: Manifest, home: Home = HOME, output: Format = Output.TABLE) -> None:
-    """Show what a run would do and need; nothing is started."""
+    """Show what a run would do and need. Starts nothing."""
     manifest = _load(file)
     folder = run_folder(home, manifest.metadata.name)
     _warn_of_damage(folder)
@@ -209,7 +209,7 @@ def plan(file: Manifest, home: Home = HOME, output: Format = Output.TABLE) -> No
 
 @app.command()
 def status(name: Name, home: Home = HOME, output: Format = Output.TABLE) -> None:
-    """Show how far a local run is."""
+    """Show the progress of a local run."""
     seen = look(_known(home, name))
     table = view.summary_view(name, seen.outline.kinds, seen.status, now=datetime.now(UTC))
     _print(seen.status.dump(), table, output=output)
@@ -220,10 +220,10 @@ def status(name: Name, home: Home = HOME, output: Format = Output.TABLE) -> None
 
 @app.command()
 def ls(home: Home = HOME, output: Format = Output.TABLE) -> None:
-    """List the local runs, the newest first."""
+    """List local runs, newest first."""
     rows = [_row(folder) for folder in run_folders(home)]
     if not rows:
-        err.print(f"No run under {home}; start one with `headrace run FILE`, or set --home", soft_wrap=True)
+        err.print(f"No runs under {home}; start one with `headrace run FILE`, or set --home", soft_wrap=True)
     _print(rows, view.runs_table(rows, now=datetime.now(UTC)), output=output)
 
 
@@ -242,10 +242,10 @@ def _row(folder: RunFolder) -> dict[str, str]:
 def logs(
     name: Name,
     home: Home = HOME,
-    stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run ends.")] = False,
+    stage: Annotated[str | None, typer.Option(help="Show only this stage.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing until the run ends.")] = False,
 ) -> None:
-    """Print what the newest attempt of each stage wrote."""
+    """Print the logs of each stage's newest attempt."""
     folder = _known(home, name)
     names = list(folder.outline().kinds)
     if stage is not None and names and stage not in names:
@@ -261,7 +261,7 @@ def logs(
 
 @app.command()
 def stop(name: Name, home: Home = HOME) -> None:
-    """Stop a run after a checkpoint, its server included; also one that runs in another terminal."""
+    """Stop a run after a checkpoint, including its server. Works from any terminal."""
     folder = _known(home, name)
     stopped = stop_run(folder)
     said = ", ".join(f"{a.stage} (attempt {a.number})" for a in stopped)
@@ -271,7 +271,7 @@ def stop(name: Name, home: Home = HOME) -> None:
 @app.command(name="ask")
 def ask_command(
     name: Name, prompt: Annotated[str, typer.Argument(help="The text to continue.")], home: Home = HOME,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 40,
 ) -> None:  # fmt: skip
     """Have the served model continue a text."""
     folder = _known(home, name)
@@ -283,22 +283,22 @@ def ask_command(
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")] = Path("run.yaml"),
-    text: Annotated[str, typer.Option(help="A file or folder with raw text.")] = "text/",
+    text: Annotated[str, typer.Option(help="A file or folder of raw text.")] = "text/",
 ) -> None:
-    """Write a manifest to start from."""
+    """Write a starter manifest."""
     if file.exists():
-        raise Problem(f"{file}: exists; name another file")
+        raise Problem(f"{file}: already exists; name another file")
     template = (files("headrace_cli") / "templates" / "run.yaml").read_text()
     file.write_text(template.replace("TEXT", json.dumps(text)))
     out.print(f"Wrote {file}. Next: headrace plan {file}; headrace run {file}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Run a command; every error becomes lines for people and an exit code."""
+    """Run a command. Every error becomes readable lines and an exit code."""
     try:
         app()
     except BrokenPipeError:
-        # Whoever read the output has seen enough; what is still buffered must not fail at the interpreter's end.
+        # The reader closed the pipe; what is still buffered must not raise at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, said in one place: lines for people, and an exit code. No command prints a traceback."""
+"""The one place where errors become lines for people and an exit code. No command prints a traceback."""
 
 import errno
 import os
@@ -12,17 +12,17 @@ _TRACEBACK = "HEADRACE_TRACEBACK"
 
 
 class ExitCode(IntEnum):
-    """How a command ended."""
+    """Exit codes."""
 
     COMPLETE = 0
     FAILED = 1
     INVALID = 2
-    """What was asked for cannot be done: a manifest, a name, a home."""
+    """The request is invalid: a manifest, a name, a home."""
     SUSPENDED = 130
 
 
 class Problem(Exception):
-    """Something to tell the user; the command ends with it.
+    """An error message for the user; ends the command.
 
     Attributes:
         code: the exit code.
@@ -34,7 +34,7 @@ class Problem(Exception):
 
 
 def explain(error: Exception) -> tuple[list[str], ExitCode]:
-    """What to say of an error, a line a problem, and how to exit."""
+    """The lines to print for an error, one per problem, and the exit code."""
     if isinstance(error, Problem):
         return [str(error)], error.code
     if isinstance(error, ManifestError):
@@ -46,7 +46,7 @@ def explain(error: Exception) -> tuple[list[str], ExitCode]:
     if os.environ.get(_TRACEBACK):
         return traceback.format_exception(error), ExitCode.FAILED
     said = " ".join(str(error).split())[:300]
-    return [f"{type(error).__name__}: {said}: a fault of headrace; {_TRACEBACK}=1 shows where"], ExitCode.FAILED
+    return [f"{type(error).__name__}: {said}: a bug in headrace; set {_TRACEBACK}=1 to see where"], ExitCode.FAILED
 
 
 def _remedy(error: OSError) -> str:

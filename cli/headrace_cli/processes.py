@@ -1,7 +1,7 @@
-"""Which processes belong to a folder of attempts, whoever started them, and how to end them all.
+"""Find the processes that belong to a folder of attempts, whoever started them, and kill them all.
 
-An agent and everything below it has ``HEADRACE_SCRATCH`` in its environment, a path in the attempt's folder. So what a
-lost record no longer names is still found, and a process id that was given to somebody else is not taken for ours.
+An agent and its descendants carry ``HEADRACE_SCRATCH``, a path in the attempt's folder, in their environment. So
+processes are found even if their record is lost, and a recycled process id is not mistaken for ours.
 """
 
 import os
@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.05
 
 
 def agent(pid: int, folder: Path) -> psutil.Process | None:
-    """The process, if it lives and works in this attempt's folder."""
+    """The process, if it is alive and belongs to this attempt's folder."""
     try:
         process = psutil.Process(pid)
         return process if _lives(process) and _works_in(process, folder) else None
@@ -29,7 +29,7 @@ def agent(pid: int, folder: Path) -> psutil.Process | None:
 
 
 def find_agents(folder: Path) -> dict[int, psutil.Process]:
-    """The agents of an attempt, by pod index, from the processes of this machine."""
+    """An attempt's agents by pod index, found among this machine's processes."""
     found: dict[int, psutil.Process] = {}
     for process in sorted(processes_in(folder), key=lambda p: p.create_time(), reverse=True):
         try:
@@ -41,15 +41,15 @@ def find_agents(folder: Path) -> dict[int, psutil.Process]:
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
-    """Every living process that an attempt in this folder, or in one below it, started."""
+    """Every live process started by an attempt in or below this folder."""
     return [p for p in _all() if _works_in(p, folder) and _lives(p)]
 
 
 def kill_all(folder: Path) -> None:
-    """End by force, and wait until nothing is left: agents, their ranks, and whatever shares a session with those.
+    """Kill agents, their ranks and everything in their sessions; wait until none is left.
 
     Raises:
-        Problem: something did not die.
+        Problem: a process did not die.
     """
     deadline = time.monotonic() + _KILL_SECONDS
     sessions: set[int] = set()
@@ -60,14 +60,14 @@ def kill_all(folder: Path) -> None:
         if not left:
             return
         if time.monotonic() > deadline:
-            said = f"process {left[0].pid} cannot be ended: it may wait for a disk that does not answer"
+            said = f"process {left[0].pid} cannot be killed: it may be waiting for a disk that does not respond"
             raise Problem(said, code=ExitCode.FAILED)
         _kill(left)
         psutil.wait_procs(left, timeout=_POLL_SECONDS)
 
 
 def started(process: psutil.Process) -> str:
-    """When a process started, in words that setting the clock does not change."""
+    """When a process started, in a form that setting the clock does not change."""
     try:
         stat = Path(f"/proc/{process.pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[19]

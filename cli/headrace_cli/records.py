@@ -1,4 +1,4 @@
-"""Small files that other processes read: written whole or not at all, read with damage in mind."""
+"""Small files shared between processes: written atomically, read with damage in mind."""
 
 import contextlib
 import os
@@ -11,22 +11,22 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Damaged(Exception):
-    """A record that was emptied or cut short, or that another version wrote with values that this one does not know."""
+    """A record that is empty, truncated, or has values unknown to this version."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(f"{path}: damaged: {why}")
 
 
 def write(path: Path, text: str, *, durable: bool) -> None:
-    """Replace a file; readers see the old or the new text. One writer at a time.
+    """Replace a file atomically: readers see the old or the new text. One writer at a time.
 
     Args:
         path: the file.
         text: its new content.
-        durable: whether it must outlive a loss of power from now on; that costs a wait for the disk.
+        durable: whether it must survive a power failure; costs an fsync.
 
     Raises:
-        OSError: it cannot be written; it names the file, which is as it was.
+        OSError: writing failed. Names the file, which is unchanged.
     """
     staged = path.with_name(f".{path.name}.new")
     try:
@@ -45,10 +45,10 @@ def write(path: Path, text: str, *, durable: bool) -> None:
 
 
 def read(path: Path, model: type[M]) -> M | None:
-    """A record; None where there is none. Fields that another version added are left out.
+    """Read a record; None if there is none. Fields added by another version are dropped.
 
     Raises:
-        Damaged: it cannot be understood.
+        Damaged: it is unreadable.
     """
     try:
         return model.model_validate_json(path.read_bytes(), extra="ignore")
@@ -61,7 +61,7 @@ def read(path: Path, model: type[M]) -> M | None:
 
 
 def read_if_whole(path: Path, model: type[M]) -> M | None:
-    """A record; None where there is none, or only a damaged one."""
+    """Read a record; None if it is missing or damaged."""
     try:
         return read(path, model)
     except Damaged:

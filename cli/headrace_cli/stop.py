@@ -1,4 +1,4 @@
-"""``headrace stop``: whoever works on a run is asked to suspend it, and what nobody works on is stopped from here."""
+"""``headrace stop``: ask the process that runs a run to suspend it; stop everything else from here."""
 
 import contextlib
 import signal
@@ -17,23 +17,23 @@ from headrace_operator.brain.observed import LIVE, Attempt
 
 _POLL_SECONDS = 0.1
 _MARGIN_SECONDS = 60.0
-"""On top of what the agents have: a holder that is busy with a slow disk or a long log line."""
+"""On top of the agents' grace period, for a process that is busy with a slow disk or a long log line."""
 
 
 def stop_run(folder: RunFolder) -> tuple[Attempt, ...]:
-    """Stop a run after a checkpoint, its server included, and leave a status that says so.
+    """Stop a run after a checkpoint, including its server, and write a status that says so.
 
     Returns:
-        The attempts that lived.
+        The attempts that were running.
 
     Raises:
-        Problem: the process that works on the run does not let go of it.
-        Damaged: the status was damaged; everything is stopped all the same.
+        Problem: the process that runs it does not release it.
+        Damaged: the status is damaged. Everything is stopped nonetheless.
     """
     attempts = LocalAttempts(folder=folder.attempts)
     lived = _live(attempts)
     with _taken_over(folder, timeout_seconds=attempts.grace_seconds + _MARGIN_SECONDS):
-        lived = lived or _live(attempts)  # it may have started one just before it was asked
+        lived = lived or _live(attempts)  # the holder may have started one just before we asked
         attempts.end_all(at_once=lambda: False)
         stored = folder.status()
         now = as_it_is(stored, attempts.observe(), now=datetime.now(UTC), rest=Rest.STOPPED)
@@ -48,7 +48,7 @@ def _live(attempts: LocalAttempts) -> tuple[Attempt, ...]:
 
 @contextmanager
 def _taken_over(folder: RunFolder, *, timeout_seconds: float) -> Iterator[None]:
-    """The run's lock, once whoever holds it has suspended the run."""
+    """The run's lock, once its holder has suspended the run."""
     deadline, asked = time.monotonic() + timeout_seconds, None
     while True:
         with contextlib.ExitStack() as stack:
@@ -66,7 +66,7 @@ def _taken_over(folder: RunFolder, *, timeout_seconds: float) -> Iterator[None]:
 
 
 def _ask(holder: psutil.Process | None, *, asked: psutil.Process | None) -> psutil.Process | None:
-    """Ask a holder once, also one that was stopped with Ctrl-Z."""
+    """Ask a holder once. Also wakes one that was stopped with Ctrl-Z."""
     if holder is None or holder == asked:
         return asked
     try:
@@ -82,8 +82,8 @@ def _ask(holder: psutil.Process | None, *, asked: psutil.Process | None) -> psut
 
 
 def _stubborn(folder: RunFolder, holder: psutil.Process | None) -> Problem:
-    who = f"process {holder.pid}" if holder is not None else "a process that is not seen from here"
+    who = f"process {holder.pid}" if holder is not None else "a process not visible from here"
     return Problem(
-        f"{folder.name}: {who} was asked to suspend it and still runs it; end that process, then stop it again",
+        f"{folder.name}: {who} was asked to suspend it and still runs it; kill that process, then stop the run again",
         code=ExitCode.FAILED,
     )

@@ -1,6 +1,6 @@
-"""What people see: a live table on a terminal, plain lines elsewhere, and the tables of ``status``, ``ls`` and of the end.
+"""What people see: a live table on a terminal, plain lines elsewhere, and the tables of ``status`` and ``ls``.
 
-A table that is too wide for its console has another form, in which no figure is cut.
+A table that is too wide for the console has a second layout, so that no figure is cut off.
 """
 
 import time
@@ -27,7 +27,7 @@ _FIGURES = {
     "perplexity": ("perplexity", "{:.2f}"),
     "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
 }
-"""What people call a metric -> its key, and how it is written."""
+"""Display name of a metric -> its key and format."""
 _MARKS = {
     StageState.PENDING: ("·", "dim"),
     StageState.WAITING: ("·", "yellow"),
@@ -41,9 +41,9 @@ _MARKS = {
 
 
 class RunView:
-    """Follows one run. Use as a context manager; it is the local body's watcher.
+    """Follows one run, as a context manager and as the local body's watcher.
 
-    A terminal or a pipe that has gone must not end the run: nothing more is shown then.
+    A closed terminal or pipe must not end the run: it only ends the output.
     """
 
     def __init__(self, console: Console) -> None:
@@ -65,7 +65,7 @@ class RunView:
         with _tolerant(self._console):
             for event in events:
                 style = "red" if event.type == "Warning" else "bold"
-                # One print: a live table below would overwrite a line that is not ended.
+                # One print: the live table below would overwrite an unfinished line.
                 line = Text.assemble(f"{datetime.now():%H:%M:%S} ", (event.reason, style), f" {event.message}")
                 self._console.print(line, soft_wrap=True)
             if self._live is not None:
@@ -74,7 +74,7 @@ class RunView:
                 self._plain(run.status)
 
     def _plain(self, status: RunStatus) -> None:
-        """A line when the phase changes, and every few seconds while it lasts."""
+        """Print a line when the phase changes, and every few seconds while it lasts."""
         line, now = progress_line(status), time.monotonic()
         phase = f"{status.stage} {(status.phase_message or '').partition(':')[0]}"
         if not line or (phase == self._last_line[0] and now - self._last_line[1] < _PLAIN_SECONDS):
@@ -92,7 +92,7 @@ def _tolerant(console: Console) -> Iterator[None]:
 
 
 class Fitting:
-    """The first of several forms that is not wider than the console; the last one where none is."""
+    """The first of several renderings that fits the console, else the last."""
 
     def __init__(self, *forms: RenderableType) -> None:
         self._forms = forms
@@ -105,7 +105,7 @@ class Fitting:
 
 
 def progress_line(status: RunStatus) -> str:
-    """The running stage in one line; empty where nothing runs."""
+    """The running stage in one line; empty if nothing runs."""
     if status.phase_message is None:
         return ""
     parts = [
@@ -120,7 +120,7 @@ def progress_line(status: RunStatus) -> str:
 
 
 def live_view(run: TrainingRun, *, now: datetime) -> RenderableType:
-    """Every stage, how far the running one is, and what it does."""
+    """Every stage, and the progress of the running one."""
     kinds = {stage.name: stage.kind for stage in run.spec.stages}
     doing = run.status.phase_message
     table = Fitting(*(_live_table(run.metadata.name, kinds, run.status, now=now, wide=wide) for wide in (True, False)))
@@ -152,26 +152,26 @@ def _running_cells(status: RunStatus, *, wide: bool) -> tuple[RenderableType, ..
 
 
 def status_notes(seen: Seen) -> list[str]:
-    """What is to be said of a run below its table."""
+    """Notes to show below a run's table."""
     notes = [line] if (line := progress_line(seen.status)) else []
     under_way = not any(seen.status.condition(kind) for kind in ConditionType)
     if seen.status.summary == INTERRUPTED:
-        notes.append(f"No process works on it: {seen.outline.command} goes on where it was.")
+        notes.append(f"No process is running it; to resume: {seen.outline.command}")
     elif under_way and not seen.attended:
         notes.append(
-            f"The command that ran it has ended; its agents finish this stage alone: {seen.outline.command} takes over."
+            f"The command that ran it has exited; its agents finish this stage. To take over: {seen.outline.command}"
         )
     return notes
 
 
 def summary_view(name: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> RenderableType:
-    """The stages of a run: time, what went in and came out, loss and perplexity beside the unigram baseline's."""
+    """A run's stages: time, amounts in and out, loss, and perplexity beside the unigram baseline's."""
     title = f"{name}: {status.summary or 'Pending'}"
     return Fitting(_columns(title, kinds, status, now=now), _list(title, kinds, status, now=now))
 
 
 def _columns(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> Table:
-    """A column for each figure."""
+    """One column per figure."""
     table = Table(title=title, title_justify="left")
     for column in ("stage", "kind", "state"):
         table.add_column(column, no_wrap=True)
@@ -191,7 +191,7 @@ def _columns(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: da
 
 
 def _list(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> Table:
-    """All figures of a stage in one column, below one another."""
+    """All figures of a stage in one column."""
     table = _plain_table(title)
     table.add_column("stage", overflow="fold")
     for column in ("kind", "state", "time"):
@@ -209,7 +209,7 @@ def _list(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datet
 
 
 def runs_table(rows: Iterable[Mapping[str, str]], *, now: datetime) -> Table:
-    """``headrace ls``."""
+    """The table of ``headrace ls``."""
     table = _plain_table(None)
     columns = ("name", "state", "stage", "progress")
     for column in (*columns, "age"):
@@ -237,7 +237,7 @@ def _time(stage: StageStatus, *, now: datetime) -> str:
 
 
 def _amounts(metrics: Mapping[str, float], way: str) -> list[str]:
-    """``documentsIn`` and its like, as people read them."""
+    """Format ``documentsIn`` and its like."""
     found = [(key.removesuffix(way), value) for key, value in metrics.items() if key.endswith(way)]
     return [people_bytes(value) if unit == "bytes" else f"{people_count(value)} {unit}" for unit, value in found]
 

@@ -1,3 +1,1 @@
-"""The control plane. ``observe`` -> ``plan`` -> a body that carries the plan out: ``apply`` in a cluster, or the
-command line's local body.
-"""
+"""The control plane: a pure planner (``brain``), and the body that carries its plans out in a cluster."""

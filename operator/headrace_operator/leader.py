@@ -1,13 +1,12 @@
-"""Leadership by a Lease: one replica acts, the others wait.
+"""Leader election with a Lease: one replica acts, the others stand by.
 
-In: the Lease's name and this replica's. Out: ``acquire`` returns when this replica leads, ``hold`` when it no longer
-does, ``leads`` says at any time whether it may still act. Another replica takes over when the Lease has not changed for
-its duration by that replica's own clock, so clocks need not agree.
+In: the names of the Lease and of this replica. Out: ``acquire`` returns once this replica leads, ``hold`` once it no
+longer does; ``leads`` says at any moment whether it may act. A replica takes over when, by its own clock, the Lease has
+not changed for its duration, so clocks need not agree.
 
-The arithmetic, by default: a leader that was renewed at 0 s stops acting at 7 s (``give_up_seconds``). Another replica
-reads the Lease every 2 s, so it sees that renewal by 2 s, and leads 10 s after it has seen it: between 10 s and 12 s.
-A Lease that is deleted changes nothing of that: the leader makes it again when it renews next, and the others wait for
-its duration before they do.
+With the defaults, a leader that last renewed at 0 s stops acting at 7 s (``give_up_seconds``). Others read the Lease
+every 2 s, so they see that renewal by 2 s and take over 10 s later, between 10 s and 12 s. Deleting the Lease changes
+nothing: the leader recreates it at its next renewal, and the others wait out its duration before they do.
 """
 
 import asyncio
@@ -29,40 +28,40 @@ _MISSES = (ApiError, aiohttp.ClientError, TimeoutError)
 
 
 def _now() -> float:
-    """Seconds that pass while the process is stopped and while the machine sleeps, too."""
+    """A clock that keeps running while the process is stopped or the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseSettings:
-    """Names and times of a Lease."""
+    """Names and timings of a Lease."""
 
     namespace: str
     name: str
     identity: str
     duration_seconds: float = 10.0
     give_up_seconds: float = 7.0
-    """How long the leader acts without having renewed."""
+    """How long the leader keeps acting without a successful renewal."""
     retry_seconds: float = 2.0
-    """Between two renewals, or two looks at another's Lease."""
+    """The interval between renewals, or between reads of another replica's Lease."""
     request_seconds: float = 2.5
-    """How long one request may take: two fail before the leader gives up."""
+    """The timeout of one request. Two can fail before the leader gives up."""
 
 
 class Leadership:
-    """This replica's claim to a Lease."""
+    """This replica's claim to the Lease."""
 
     def __init__(self, kube: Kube, settings: LeaseSettings, *, clock: Callable[[], float] = _now) -> None:
         self._kube, self._settings, self._clock = kube, settings, clock
         self._seen: tuple[str, float] | None = None
-        """The Lease's resourceVersion, empty where there is none, and when it was first seen."""
+        """The Lease's resourceVersion (empty if it does not exist), and when it was first seen."""
         self._free_at = float("inf")
-        """When another's Lease may be taken, if it does not change."""
+        """When another replica's Lease expires unless it changes."""
         self._until = float("-inf")
         """When this replica stops acting unless it renews."""
 
     def leads(self) -> bool:
-        """Whether this replica may act; false at once after it was stopped for long."""
+        """Whether this replica may act. False right after it was suspended for too long."""
         return self._clock() < self._until
 
     async def acquire(self) -> None:
@@ -72,7 +71,7 @@ class Leadership:
         logger.info("%s leads", self._settings.identity)
 
     async def hold(self) -> None:
-        """Renew until that fails for too long, or another replica leads."""
+        """Renew until renewals have failed for too long or another replica leads."""
         pause = self._settings.retry_seconds
         while True:
             await asyncio.sleep(pause)
@@ -81,10 +80,10 @@ class Leadership:
                 break
             pause = self._settings.retry_seconds / (1 if claimed else 4)
         self._until = float("-inf")
-        logger.error("%s has lost the Lease %s", self._settings.identity, self._settings.name)
+        logger.error("%s lost the Lease %s", self._settings.identity, self._settings.name)
 
     async def release(self) -> None:
-        """Let the next replica lead at once; to be called when nothing acts any more."""
+        """Let the next replica lead at once. Call only when nothing acts any more."""
         self._until = float("-inf")
         try:
             async with asyncio.timeout(self._settings.request_seconds):
@@ -92,26 +91,26 @@ class Leadership:
                 if lease is not None and _holder(lease) == self._settings.identity:
                     await self._write(lease, {"holderIdentity": "", "leaseDurationSeconds": 1})
         except _MISSES as error:
-            logger.warning("the Lease was not released: %s", words(error))
+            logger.warning("failed to release the Lease: %s", words(error))
 
     async def _try(self, claim: Callable[[], Awaitable[bool]]) -> bool | None:
-        """Whether this replica leads now; None if nobody can say. Whatever goes wrong, it is not a win."""
+        """Whether this replica leads; None if unknown. An error is never a win."""
         began = self._clock()
         try:
             async with asyncio.timeout(self._settings.request_seconds):
                 claimed = await claim()
         except _MISSES as error:
-            logger.warning("the Lease %s: %s", self._settings.name, words(error))
+            logger.warning("Lease %s: %s", self._settings.name, words(error))
             return None
         except Exception:
-            logger.exception("the Lease %s", self._settings.name)
+            logger.exception("Lease %s", self._settings.name)
             return None
         if claimed:
             self._until = began + self._settings.give_up_seconds
         return claimed
 
     async def _claim(self) -> bool:
-        """Take the Lease if it is free, or has not changed for its duration; one that is missing, likewise."""
+        """Take the Lease if it is free or unchanged for its duration; create a missing one after the same wait."""
         lease = await self._read()
         seen_at = self._see(lease)
         self._free_at = seen_at + (duration_of(lease) if lease is not None else self._settings.duration_seconds)
@@ -123,7 +122,7 @@ class Leadership:
         return True
 
     async def _renew(self) -> bool:
-        """Renew the Lease; make it again if it is missing. Nobody else does that while it is held."""
+        """Renew the Lease; recreate it if it is missing. Nobody else does while it is held."""
         lease = await self._read()
         if lease is None:
             return await self._create()
@@ -133,14 +132,14 @@ class Leadership:
         return True
 
     def _see(self, lease: Raw | None) -> float:
-        """When the Lease was first seen as it is."""
+        """When the current version of the Lease was first seen."""
         version = lease["metadata"]["resourceVersion"] if lease is not None else ""
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, self._clock())
         return self._seen[1]
 
     def _seconds_to_next_look(self) -> float:
-        """The usual time, or less if the Lease may be free before."""
+        """The retry interval, or less if the Lease may expire sooner."""
         usual = self._settings.retry_seconds * random.uniform(0.8, 1)
         return min(usual, max(0.1, self._free_at - self._clock()))
 
@@ -164,7 +163,7 @@ class Leadership:
             return None
 
     async def _create(self) -> bool:
-        """Make the Lease; False if another replica was faster."""
+        """Create the Lease; False if another replica was faster."""
         body = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
@@ -180,7 +179,7 @@ class Leadership:
         return True
 
     async def _write(self, lease: Raw, changes: Raw) -> None:
-        """Replace the Lease as it was read: if another replica was faster, the API server refuses."""
+        """Replace the Lease as read. The API server refuses if another replica was faster."""
         body = {**lease, "spec": {**(lease.get("spec") or {}), **changes}}
         await self._kube.request("PUT", self._address(), body=body)
 
@@ -193,7 +192,7 @@ def _holder(lease: Raw) -> str:
 
 
 def duration_of(lease: Raw) -> float:
-    """For how long a Lease is held without being renewed."""
+    """How long the Lease is held without renewal."""
     return float((lease.get("spec") or {}).get("leaseDurationSeconds") or 0)
 
 

@@ -7,10 +7,9 @@ from datetime import UTC, datetime
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -23,12 +22,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(*, level: str, style: str) -> None:
-    """Log to standard error; kopf and aiohttp speak only when something is wrong."""
+    """Log to standard error; kopf and aiohttp only from warnings up."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if style == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("kopf", "aiohttp", "asyncio", "kubernetes"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns that it does not hear the process' signals, which are ours.
+    # It warns that it cannot handle the process's signals. We do.
     logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """The operator's process: ``python -m headrace_operator.main``.
 
-Every replica serves health and metrics, and watches, so that each is ready to act. The one that holds the Lease
-reconciles. One that loses it stops acting and waits for it like the others: nothing of what it had begun is left then,
-and until then each of its changes is refused here (``Kube.fenced``).
+Every replica serves health and metrics and keeps its caches warm. The one that holds the Lease reconciles. A replica
+that loses the Lease cancels its work and stands by again; from the moment it loses it, its writes are refused
+(``Kube.fenced``).
 """
 
 import asyncio
@@ -36,11 +36,11 @@ from headrace_operator.web import application, serve
 logger = logging.getLogger("headrace_operator")
 
 LEADER_LABEL = "headrace.dev/leader"
-"""The Service for progress selects the pod that carries it."""
+"""The progress Service selects the pod that carries it."""
 
 
 class Term:
-    """What one leadership needs: made when it begins, dropped when it ends."""
+    """State of one leadership term: created when it begins, dropped when it ends."""
 
     def __init__(self, operator: "Operator") -> None:
         writes = operator.kube.fenced(operator.leadership.leads)
@@ -55,7 +55,7 @@ class Term:
 
 
 class Operator:
-    """The parts of one replica, wired together."""
+    """One replica, wired together."""
 
     def __init__(self, settings: Settings, kube: Kube) -> None:
         self.settings, self.kube = settings, kube
@@ -77,7 +77,7 @@ class Operator:
         metrics.LEADER.set_function(self.leadership.leads)
 
     async def run(self) -> bool:
-        """Run until told to stop; False if something else ended it."""
+        """Run until told to stop; False if anything else ended it."""
         self._listen_to_signals()
         server = await self._serve()
         tasks = [
@@ -96,7 +96,7 @@ class Operator:
         return ended == "stop"
 
     async def _terms(self) -> None:
-        """Lead whenever that is possible. A term is over when nothing of it acts any more."""
+        """Lead whenever possible. A term is over once all of its work is cancelled."""
         while True:
             await self.leadership.acquire()
             acting = [
@@ -110,13 +110,13 @@ class Operator:
                 self._label.show(False)
                 await _cancel(acting)
             if ended != "lease":
-                raise RuntimeError("the work queue has ended")
+                raise RuntimeError("the work queue stopped")
 
     async def _act(self) -> None:
-        """Work on runs once they and their children are known: before that, every attempt would look lost.
+        """Reconcile runs, once they and their children are known: before that, every attempt would look lost.
 
-        What was known when another replica led may be old: runs are listed again. Children need not be, for their names
-        are the attempts', and the runs' statuses say which of those there should be.
+        Runs are listed again: what is known from another leader's term may be stale. Children need no fresh list, since
+        their names identify the attempts, and the runs' statuses say which should exist.
         """
         self.cluster.progress.clear()
         self.cluster.refusals.clear()
@@ -146,7 +146,7 @@ class Operator:
             self._term.reconciler.forget(key, run_uid)
 
     def _led_runs(self) -> list[metrics.RunAndReports]:
-        """The runs whose figures this replica tells: only one replica does."""
+        """The runs whose metrics this replica exports: only the leader exports any."""
         if self._term is None:
             return []
         known = [raw for key in self.runs if (raw := self.runs.get(key)) is not None]
@@ -173,21 +173,21 @@ class Operator:
 
 
 class LeaderLabel:
-    """Labels this replica's pod, so that the Service sends reports to the leader."""
+    """Labels this replica's pod, so that the Service routes reports to the leader."""
 
     def __init__(self, kube: Kube, settings: Settings) -> None:
         self._kube, self._settings = kube, settings
         self._leads = False
         self._changed = asyncio.Event()
-        self._changed.set()  # a container that was started again may find its predecessor's label
+        self._changed.set()  # after a container restart, the pod may still carry the old label
 
     def show(self, leads: bool) -> None:
-        """Have the label say whether this replica leads."""
+        """Set whether the label says that this replica leads."""
         self._leads = leads
         self._changed.set()
 
     async def run(self) -> None:
-        """Write the label whenever it is to change, as often as that takes."""
+        """Write the label on every change, retrying until it succeeds."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -207,7 +207,7 @@ class LeaderLabel:
 
 
 async def _first_ended(tasks: list[asyncio.Task[Any]]) -> str:
-    """The name of the task that ended first; says why if it failed."""
+    """The name of the task that ended first; logs its error if it failed."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         if not task.cancelled() and task.exception() is not None:
@@ -229,7 +229,7 @@ async def run(settings: Settings) -> bool:
     try:
         kube = await Kube.connect()
     except ConfigException as error:
-        logger.error("no way to the API server: %s; run in a pod with a service account, or set KUBECONFIG", error)
+        logger.error("cannot reach the API server: %s; run in a pod with a service account, or set KUBECONFIG", error)
         return False
     try:
         return await Operator(settings, kube).run()
@@ -238,13 +238,13 @@ async def run(settings: Settings) -> bool:
 
 
 def allow_many_connections() -> None:
-    """As many open files as the system lets this process have: every pod that reports keeps a connection."""
+    """Raise the limit on open files to the hard limit: every reporting pod keeps a connection open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def main() -> int:
-    """Run one replica with the settings of the environment."""
+    """Run one replica, configured by the environment."""
     try:
         settings = Settings.from_environment()
     except ValueError as error:

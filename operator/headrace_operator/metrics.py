@@ -1,9 +1,10 @@
-"""What Prometheus reads of the operator and of every run.
+"""Prometheus metrics of the operator and of every run.
 
-Work is counted where it happens. Figures of runs are made from statuses and reports, so they cannot drift from what
-``kubectl`` shows and vanish with their run; those of progress vanish when the attempt ends. Each run's lines are made
-anew only when it has changed, and in a thread: ten thousand runs are some hundred thousand lines.
-Names carry base units; labels are namespace, run, stage, and a few words of which each stage has a bounded number.
+Work is counted where it happens. Metrics of runs are rendered from statuses and reports, so they cannot drift from what
+``kubectl`` shows, and they vanish with their run; progress metrics vanish with the attempt. A run's lines are rendered
+again only when it changes, and in a thread: ten thousand runs make a few hundred thousand lines.
+
+Names carry base units. Labels are namespace, run and stage, plus a few with a bounded number of values per stage.
 """
 
 import logging
@@ -23,7 +24,7 @@ from headrace_api.contract import Progress
 
 logger = logging.getLogger(__name__)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series and nobody asks for them
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the number of series
 REGISTRY = CollectorRegistry()
 PlatformCollector(registry=REGISTRY)
 ProcessCollector(registry=REGISTRY)
@@ -31,22 +32,22 @@ GCCollector(registry=REGISTRY)
 
 RECONCILE_SECONDS = Histogram(
     "headrace_operator_reconcile_duration_seconds",
-    "Time from taking a run out of the queue to having acted on it.",
+    "Duration of one reconcile of a run.",
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
     registry=REGISTRY,
 )
 RECONCILE_ERRORS = Counter(
     "headrace_operator_reconcile_errors",
-    "Reconciliations that ended in an error and come back.",
+    "Reconciles that failed and will be retried.",
     ["reason"],
     registry=REGISTRY,
 )
-QUEUE_DEPTH = Gauge("headrace_operator_queue_depth", "Runs that wait for a worker.", registry=REGISTRY)
-WATCH_EVENTS = Counter("headrace_operator_watch_events", "Changes seen.", ["kind"], registry=REGISTRY)
-WATCH_FAILURES = Counter("headrace_operator_watch_failures", "Watches that broke.", ["kind"], registry=REGISTRY)
+QUEUE_DEPTH = Gauge("headrace_operator_queue_depth", "Runs waiting for a worker.", registry=REGISTRY)
+WATCH_EVENTS = Counter("headrace_operator_watch_events", "Watch events received.", ["kind"], registry=REGISTRY)
+WATCH_FAILURES = Counter("headrace_operator_watch_failures", "Watches that failed.", ["kind"], registry=REGISTRY)
 WRITES = Counter("headrace_operator_writes", "Requests that change the cluster.", ["verb", "kind"], registry=REGISTRY)
 PROGRESS_REPORTS = Counter(
-    "headrace_operator_progress_reports", "Reports of pods, by HTTP status.", ["code"], registry=REGISTRY
+    "headrace_operator_progress_reports", "Progress reports from pods, by HTTP status.", ["code"], registry=REGISTRY
 )
 LEADER = Gauge("headrace_operator_leader", "1 while this replica leads.", registry=REGISTRY)
 
@@ -55,7 +56,7 @@ Info("headrace_build", "The operator's version.", registry=REGISTRY).info({"vers
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A metric of runs."""
+    """A metric family of runs."""
 
     name: str
     help: str
@@ -63,62 +64,62 @@ class Family:
 
     @property
     def header(self) -> bytes:
-        """The lines above its samples."""
+        """Its HELP and TYPE lines."""
         return f"# HELP {self.name} {self.help}\n# TYPE {self.name} {self.kind}\n".encode()
 
 
 INFO = Family("headrace_run_info", "A run; always 1.")
 CONDITION = Family("headrace_run_condition", "1 if a condition has this status.")
-RESTARTS = Family("headrace_run_restarts_total", "Restarts, by whose fault.", "counter")
-STATE = Family("headrace_stage_state", "1 for the state that a stage is in.")
+RESTARTS = Family("headrace_run_restarts_total", "Restarts, by budget (infra or user).", "counter")
+STATE = Family("headrace_stage_state", "1 for the stage's current state.")
 ATTEMPT = Family("headrace_stage_attempt", "Number of the newest attempt.")
-DURATION = Family("headrace_stage_duration_seconds", "From first start to end, of ended stages.")
-RESULT = Family("headrace_stage_result", "A figure that a stage ended with.")
-DONE = Family("headrace_stage_done", "Finished units of the running attempt.")
-PLANNED = Family("headrace_stage_planned", "Units that the running attempt has to do.")
-LOSS = Family("headrace_stage_loss", "Newest training loss, in nats a token.")
-TOKENS = Family("headrace_stage_tokens_per_second", "Newest throughput of all ranks.")
-REMAINING = Family("headrace_stage_remaining_seconds", "Time left at the present speed.")
-CHECKPOINT_STEP = Family("headrace_stage_checkpoint_step", "Step of the newest checkpoint.")
-CHECKPOINT_TIME = Family("headrace_stage_checkpoint_timestamp_seconds", "When it was committed.")
-REPORT_TIME = Family("headrace_stage_last_report_timestamp_seconds", "When the newest report was made.")
+DURATION = Family("headrace_stage_duration_seconds", "Time from first start to end, for stages that have ended.")
+RESULT = Family("headrace_stage_result", "A result metric of a finished stage.")
+DONE = Family("headrace_stage_done", "Units finished by the running attempt.")
+PLANNED = Family("headrace_stage_planned", "Units that the running attempt will do in total.")
+LOSS = Family("headrace_stage_loss", "Latest training loss, in nats per token.")
+TOKENS = Family("headrace_stage_tokens_per_second", "Latest throughput over all ranks.")
+REMAINING = Family("headrace_stage_remaining_seconds", "Estimated time left at the current speed.")
+CHECKPOINT_STEP = Family("headrace_stage_checkpoint_step", "Step of the latest checkpoint.")
+CHECKPOINT_TIME = Family("headrace_stage_checkpoint_timestamp_seconds", "When the latest checkpoint was committed.")
+REPORT_TIME = Family("headrace_stage_last_report_timestamp_seconds", "When the latest report was made.")
 FAMILIES = (
     *(INFO, CONDITION, RESTARTS, STATE, ATTEMPT, DURATION, RESULT),
     *(DONE, PLANNED, LOSS, TOKENS, REMAINING, CHECKPOINT_STEP, CHECKPOINT_TIME, REPORT_TIME),
 )
 
 MAX_RESULTS = 32
-"""Figures of one stage that become series; a stage with more has made names of its data."""
+"""Result metrics exported per stage. A stage with more has put data into metric names."""
 _MAX_NAME = 64
 _ENDED = frozenset({"Succeeded", "Failed", "Suspended"})
 _UNFIT = (AttributeError, KeyError, TypeError, ValueError)
 
 Lines = dict[Family, bytes]
 RunAndReports = tuple[dict[str, Any], tuple[Progress, ...]]
-"""A TrainingRun as the API server has it, and its newest reports."""
+"""A TrainingRun as the API server sent it, and its newest reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The lines of one status, or of one report, and what they were made of."""
+    """The lines rendered from one status or report, and their source."""
 
     source: Any
     lines: Lines
     live: frozenset[tuple[str, int]] = frozenset()
-    """Stage and attempt of the reports that are about something that has not ended."""
+    """(stage, attempt) pairs that have not ended; only their reports are exported."""
 
 
 @dataclass
 class RunFigures:
-    """The lines of all runs. One thread at a time."""
+    """Renders the lines of all runs. Not thread-safe."""
 
     _statuses: dict[str, _Part] = field(default_factory=dict)
-    """uid of a run -> the lines of its status."""
+    """run uid -> the lines of its status."""
     _reports: dict[tuple[str, str], _Part] = field(default_factory=dict)
-    """uid of a run, stage -> the lines of its newest report."""
+    """(run uid, stage) -> the lines of its newest report."""
 
     def render(self, runs: Sequence[RunAndReports]) -> Iterator[bytes]:
-        """The lines, one piece for each metric."""
+        """The lines, one chunk per metric."""
         parts = list(self._parts(runs))
         for family in FAMILIES:
             yield b"".join([family.header, *(lines[family] for lines in parts if family in lines)])
@@ -144,7 +145,7 @@ class RunFigures:
 
 
 def status_part(raw: dict[str, Any]) -> _Part:
-    """The lines of a run's status; none of one that another version wrote in a way that is not known here."""
+    """Render a run's status; nothing if another operator version wrote it in an unknown format."""
     lines, run = _Writer(), _run_labels(raw)
     try:
         _write_run(lines, run, raw)
@@ -157,7 +158,7 @@ def status_part(raw: dict[str, Any]) -> _Part:
 
 
 def report_lines(raw: dict[str, Any], report: Progress) -> Lines:
-    """The lines of what an attempt reported last."""
+    """Render an attempt's newest report."""
     lines, stage = _Writer(), f'{_run_labels(raw)},stage="{escape(report.stage)}"'
     counted = f'{stage},unit="{escape(report.unit)}"'
     lines.add(DONE, counted, report.done)
@@ -201,13 +202,13 @@ def _write_stage(lines: "_Writer", labels: str, stage: dict[str, Any]) -> None:
 
 
 def _bounded(results: dict[str, Any]) -> Iterable[tuple[str, float]]:
-    """The numbers among a stage's figures, up to a number."""
+    """A stage's numeric results, up to ``MAX_RESULTS``."""
     fit = [(k, v) for k, v in sorted(results.items()) if isinstance(v, int | float) and len(k) <= _MAX_NAME]
     return fit[:MAX_RESULTS]
 
 
 class _Writer:
-    """Lines of one run, by metric."""
+    """Collects the lines of one run by metric."""
 
     def __init__(self) -> None:
         self._lines: dict[Family, str] = {}
@@ -222,14 +223,14 @@ class _Writer:
 
 
 def number(value: float) -> str:
-    """A number as Prometheus reads it."""
+    """A number in Prometheus' text format."""
     if isfinite(value):
         return repr(float(value))
     return "NaN" if value != value else "+Inf" if value > 0 else "-Inf"
 
 
 def escape(value: Any) -> str:
-    """A label's value between its quotes."""
+    """Escape a label value."""
     return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 

@@ -1,7 +1,7 @@
-"""Where pods report how far they are: ``POST`` of a ``ProgressReport`` with the pod's own token.
+"""The progress endpoint: pods ``POST`` a ``ProgressReport`` with their own token.
 
-The token is a projected one: bound to its pod, and to this endpoint as its audience. The API server says whose it is
-(TokenReview); the pod's labels say which attempt that is. So a pod can report for its own attempt and no other.
+The token is projected: bound to its pod, with this endpoint as its audience. A TokenReview says whose it is, and the
+pod's labels say which attempt that is. So a pod can report only for its own attempt.
 """
 
 import asyncio
@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
 _KNOWN_SECONDS, _REFUSED_SECONDS = 600.0, 5.0
-"""How long the API server's answer about a token is believed. Whose a token is never changes; and when its pod is gone,
-the caches know it."""
+"""How long a TokenReview's answer is cached. A token's owner never changes; the caches know when its pod is gone."""
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _ACCOUNT = "system:serviceaccount:"
@@ -39,7 +38,7 @@ _TAKEN = PROGRESS_REPORTS.labels(code="204")
 
 @dataclass(frozen=True, kw_only=True)
 class PodIdentity:
-    """Whom a token was given to."""
+    """The pod a token was issued to."""
 
     namespace: str
     name: str
@@ -47,7 +46,7 @@ class PodIdentity:
 
 
 class Refusal(Exception):
-    """A report that is not taken.
+    """A rejected report.
 
     Attributes:
         status: the HTTP status.
@@ -59,10 +58,10 @@ class Refusal(Exception):
 
 
 def identity(review: Raw) -> PodIdentity:
-    """Whom a TokenReview says that the token was given to.
+    """The pod that a TokenReview names.
 
     Raises:
-        Refusal: nobody, for another audience, or not to a pod.
+        Refusal: the token is invalid, for another audience, or not bound to a pod.
     """
     status = review.get("status", {})
     if not status.get("authenticated"):
@@ -78,17 +77,17 @@ def identity(review: Raw) -> PodIdentity:
 
 
 def check(who: PodIdentity, pod: PodRecord | None, report: ProgressReport) -> PodRecord:
-    """The pod that makes a report.
+    """The pod that makes the report.
 
     Raises:
-        Refusal: the pod is not one that may make this report.
+        Refusal: the pod may not make this report.
     """
     if pod is None or pod.uid != who.uid or not pod.owner:
-        raise Refusal(403, f"pod {who.namespace}/{who.name} is not one of a run, or not known yet")
+        raise Refusal(403, f"pod {who.namespace}/{who.name} does not belong to a run, or is not known yet")
     mine = _attempt(pod.namespace, pod.run, pod.stage, pod.attempt)
     told = _attempt(report.namespace, report.run, report.progress.stage, report.progress.attempt)
     if mine != told:
-        raise Refusal(403, f"pod {who.namespace}/{who.name} is of {mine} and may not report for {told}")
+        raise Refusal(403, f"pod {who.namespace}/{who.name} belongs to {mine} and may not report for {told}")
     if pod.index != 0:
         raise Refusal(403, f"pod {who.namespace}/{who.name} has index {pod.index}; only index 0 reports")
     return pod
@@ -99,7 +98,7 @@ def _attempt(namespace: str, run: str, stage: str, number: int) -> str:
 
 
 class TokenReviews:
-    """Asks the API server whose a token is, and remembers the answer for a while."""
+    """Asks the API server whose a token is, and caches the answer."""
 
     def __init__(self, kube: Kube, *, keep: int = 20_000, at_once: int = 16) -> None:
         self._kube, self._keep = kube, keep
@@ -107,10 +106,10 @@ class TokenReviews:
         self._slots = asyncio.Semaphore(at_once)
 
     async def identity(self, token: str) -> PodIdentity:
-        """Whom a token was given to.
+        """The pod a token was issued to.
 
         Raises:
-            Refusal: it is not a good one, or the API server does not answer (503).
+            Refusal: the token is invalid, or the API server did not answer (503).
         """
         digest, now = hashlib.sha256(token.encode()).digest(), asyncio.get_running_loop().time()
         known = self._known.get(digest)
@@ -137,17 +136,17 @@ class TokenReviews:
             return refusal
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
             logger.warning("TokenReview: %s", words(error))
-            raise Refusal(503, "the API server could not say whose token this is; report again later") from error
+            raise Refusal(503, "the API server could not review the token; report again later") from error
 
 
 class ProgressEndpoint:
     """The HTTP handler.
 
     Args:
-        reviews: say whose a token is.
-        cluster: has the pods, and takes the reports.
-        news: told of a run whose report may change what is to be done.
-        figures: told of a run, and its uid, whose report has new figures only.
+        reviews: identifies tokens.
+        cluster: knows the pods and stores the reports.
+        news: called for a run whose report may change a decision.
+        figures: called for a run, with its uid, whose report only brings new numbers.
         leads: whether this replica acts.
     """
 
@@ -174,7 +173,7 @@ class ProgressEndpoint:
             PROGRESS_REPORTS.labels(code=str(refusal.status)).inc()
             response = web.json_response({"error": str(refusal)}, status=refusal.status)
             if refusal.status == 503:
-                response.force_close()  # the pod's next connection may reach the replica that leads
+                response.force_close()  # so that the pod's next connection may reach the leader
             return response
         _TAKEN.inc()
         return web.Response(status=204)

@@ -1,4 +1,4 @@
-"""What the operator is told by its environment; the chart sets these variables."""
+"""Settings from the environment, as set by the chart."""
 
 import os
 import socket
@@ -10,30 +10,30 @@ from headrace_api.contract import PROGRESS_PATH
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Where the operator runs, and how."""
+    """Where and how the operator runs."""
 
     namespace: str
-    """Its own namespace, where the Lease is."""
+    """The operator's own namespace, which holds the Lease."""
     pod: str | None
-    """Its pod; None outside a cluster."""
+    """Its pod's name; None outside a cluster."""
     identity: str
-    """What the Lease calls it."""
+    """Its name in the Lease."""
     lease: str
     host: str
     port: int
     progress_url: str
-    """Where pods reach ``port``."""
+    """The URL at which pods reach ``port``."""
     workers: int
-    """Runs that are worked on at once."""
+    """How many runs are reconciled concurrently."""
     log_level: str
     log_format: str
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
-        """The settings in environment variables.
+        """Read the settings from environment variables.
 
         Raises:
-            ValueError: names the variable, its value and what it should be.
+            ValueError: names the variable, its value and the remedy.
         """
         port = _number(environment, "HEADRACE_PORT", 8080, at_most=65535)
         pod = environment.get("POD_NAME")

@@ -1,4 +1,4 @@
-"""The operator's HTTP server: health, metrics, and whatever else is added to it."""
+"""The operator's HTTP server: health, metrics and the progress endpoint."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from headrace_operator.progress import MAX_BODY_BYTES, ProgressEndpoint
 
 
 class MetricsEndpoint:
-    """Figures of the operator and of runs, made in a thread and sent piece by piece, so that nothing waits for them.
+    """Serves metrics. They are rendered in a thread and sent in chunks, so that no other request waits.
 
     Args:
-        runs: what figures are told of.
+        runs: returns the runs to export.
     """
 
     def __init__(self, runs: Callable[[], Sequence[RunAndReports]]) -> None:
@@ -23,7 +23,6 @@ class MetricsEndpoint:
         self._busy = asyncio.Lock()
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        """The handler."""
         async with self._busy:
             pieces = await asyncio.to_thread(self._render, self._runs())
         response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -39,7 +38,7 @@ class MetricsEndpoint:
 def application(
     progress: ProgressEndpoint, *, ready: Callable[[], bool], runs: Callable[[], Sequence[RunAndReports]]
 ) -> web.Application:
-    """The routes."""
+    """Build the routes."""
 
     async def healthz(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -56,7 +55,7 @@ def application(
 
 
 async def serve(app: web.Application, *, host: str, port: int) -> web.AppRunner:
-    """Listen; ``cleanup()`` of the returned runner ends it."""
+    """Start listening; ``cleanup()`` on the returned runner stops it."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()

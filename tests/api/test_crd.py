@@ -79,3 +79,17 @@ def test_the_files_are_yaml_without_aliases():
     for path, text in crd.files():
         assert "&id" not in text, path
         assert yaml.safe_load(text)["kind"] == "CustomResourceDefinition"
+
+
+def test_the_command_writes_the_files_and_then_finds_nothing_to_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    paths = [path for path, _ in crd.files()]
+    assert crd.main(["--check"]) == 1
+    assert [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()] == paths, "they are missing"
+    for _ in range(2):
+        assert crd.main([]) == 0
+        assert {path: (tmp_path / path).read_text() for path in paths} == dict(crd.files())
+        assert (crd.main(["--check"]), capsys.readouterr().out) == (0, "")
+    (tmp_path / paths[1]).write_text("kind: CustomResourceDefinition")
+    assert crd.main(["--check"]) == 1
+    assert capsys.readouterr().out.startswith(f"{paths[1]}: ")

@@ -115,9 +115,21 @@ def test_the_estimate_of_a_stage_is_that_of_its_fullest_rank() -> None:
     estimate = estimate_pretrain(stage.pretrain, num_ranks=stage.compute.world, vocab_size=VOCAB, on_gpus=True)
     assert estimate.parameters == 6_738_415_616  # as published, with the vocabulary unpadded
     assert estimate.data_ranks == 8
+    assert estimate.tokens_per_parameter == 489 * 2048 / 6_738_415_616  # 1M tokens in whole steps
     assert estimate.state_bytes_per_rank == 6 * FIRST_OF_TWO + 12 * FIRST_OF_TWO // 8 == 6_323_896_320
     layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
     assert estimate.activation_bytes_per_rank == 2 * 128 * 16 * layer  # two micro-batches of 128 tokens
+
+
+def test_fewer_micro_batches_than_stages_are_in_flight_at_once() -> None:
+    parallelism = {"tensor": 4, "pipeline": 2}
+    run = seven_billion(compute={"nodes": 8, "gpusPerNode": 8}, parallelism=parallelism, microBatchSize=2)
+    pretrain = run.spec.stages[3].pretrain
+    assert pretrain is not None
+    estimate = estimate_pretrain(pretrain, num_ranks=64, vocab_size=VOCAB, on_gpus=True)
+    layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
+    loss = (2 * 2 * 4096 + 4 * 32_768) // 4
+    assert estimate.activation_bytes_per_rank == 2 * 128 * (16 * layer + loss)  # the last stage: one of two samples
 
 
 @pytest.mark.parametrize(
@@ -138,6 +150,16 @@ def test_a_state_that_is_larger_than_its_memory_is_refused(
 ) -> None:
     errors = device_errors(seven_billion(compute=compute), gpu_memory=gpu_memory)
     assert [e.field for e in errors] == ([f"spec.stages[3].{refused}"] if refused else [])
+
+
+def test_a_refusal_says_what_is_needed_what_there_is_and_what_to_do() -> None:
+    on_gpus = seven_billion(compute={"gpusPerNode": 1})
+    (error,) = device_errors(on_gpus, gpu_memory=80 * 10**9)
+    needs, remedy = "weights, gradients and optimizer take 121.4 GB a rank", "take a smaller model"
+    assert needs in error.remedy and "a GPU has 80 GB" in error.remedy and remedy in error.remedy
+    on_processors = seven_billion(compute={"ranksPerNode": 2, "memory": "100G"})
+    (error,) = device_errors(on_processors, gpu_memory=None)
+    assert "take 80.9 GB a rank" in error.remedy and "its 2 ranks share 100 GB" in error.remedy
 
 
 def test_an_imported_vocabulary_is_not_guessed() -> None:

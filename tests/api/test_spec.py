@@ -6,9 +6,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from builders import STAGES, make_run, succeeded
-from headrace_api.artifact import Artifact, ArtifactFile, resume_identity, stage_hash
-from headrace_api.base import Cadence, Quantity, parse_duration
-from headrace_api.contract import ResolvedStage
+from headrace_api.artifact import Artifact, ArtifactFile, canonical_digest, resume_identity, stage_hash
+from headrace_api.base import Cadence, Figures, Quantity, parse_duration
+from headrace_api.contract import ResolvedStage, join_uri
 from headrace_api.faults import ExitCode, FaultClass, Outcome, classify, most_telling
 from headrace_api.model import PRESETS, padded_vocab
 from headrace_api.planning import estimate_pretrain
@@ -51,6 +51,44 @@ def test_what_is_no_quantity(written):
 @pytest.mark.parametrize(("written", "meant"), [("30m", 1800.0), ("1.5h", 5400.0), ("250ms", 0.25)])
 def test_durations(written, meant):
     assert parse_duration(written) == meant
+
+
+@pytest.mark.parametrize("written", ["", "30", "m", "1h30m", " 30m", "30m\n", "-1s", "1.2345s", "1e3s", "30M"])
+def test_what_is_no_duration(written):
+    with pytest.raises(ValueError, match="write a number with a unit"):
+        parse_duration(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"loss": 2, "text": "x", "none": None, "nan": float("nan"), "inf": float("inf"), "huge": 10**400}, {"loss": 2.0}),
+        ({"loss": "2.5"}, {"loss": 2.5}),
+        ({}, {}),
+    ],
+)  # fmt: skip
+def test_only_finite_figures_are_kept(written, meant):
+    assert TypeAdapter(Figures).validate_python(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("base", "parts", "joined"),
+    [
+        ("s3://bucket/runs", ("base",), "s3://bucket/runs/base"),
+        ("s3://bucket/runs//", ("base", "a//b/"), "s3://bucket/runs/base/a/b"),
+        ("/store", (), "/store"),
+        ("file:///store/", ("x",), "file:///store/x"),
+    ],
+)
+def test_addresses_are_joined_with_single_slashes(base, parts, joined):
+    assert join_uri(base, *parts) == joined
+
+
+def test_a_digest_is_the_same_in_every_version():
+    """What finished stages are known by: another spelling would make all of them again."""
+    value = {"b": [1, 2.5, None, True], "a": "\u00e9", "A": {}}
+    assert canonical_digest(value) == "be9f4968412a4d777fa72add01f8b24d8d5eb0569264659092fdabc8847526ba"
+    assert canonical_digest(dict(reversed(value.items()))) == canonical_digest(value)
 
 
 @pytest.mark.parametrize(("written", "meant"), [(100, 100), ("100", 100), ("30m", "30m")])
@@ -190,22 +228,23 @@ def test_requirements_compare(bound, value, holds):
 
 
 @pytest.mark.parametrize(
-    ("code", "reason", "fault"),
+    ("code", "pod", "fault", "reason", "message"),
     [
-        (ExitCode.OK, "", None),
-        (ExitCode.USER, "", FaultClass.USER),
-        (ExitCode.STORAGE, "", FaultClass.STORAGE),
-        (ExitCode.STOPPED, "", FaultClass.STOPPED),
-        (1, "", FaultClass.PROCESS),
-        (137, "OOMKilled", FaultClass.POD),
-        (None, "Evicted", FaultClass.POD),
+        (ExitCode.OK, "", None, "Succeeded", ""),
+        (ExitCode.USER, "", FaultClass.USER, "ExitCode", "exit code 2, without a termination message"),
+        (ExitCode.STORAGE, "", FaultClass.STORAGE, "ExitCode", "exit code 74, without a termination message"),
+        (ExitCode.STOPPED, "", FaultClass.STOPPED, "ExitCode", "exit code 75, without a termination message"),
+        (1, "", FaultClass.PROCESS, "ExitCode", "exit code 1, without a termination message"),
+        (127, "", FaultClass.PROCESS, "ExitCode", "exit code 127, without a termination message"),
+        (128, "", FaultClass.POD, "ExitCode", "exit code 128, without a termination message"),
+        (137, "OOMKilled", FaultClass.POD, "OOMKilled", "exit code 137, without a termination message"),
+        (None, "Evicted", FaultClass.POD, "Evicted", "the pod is gone, without a termination message"),
+        (None, "", FaultClass.POD, "Vanished", "the pod is gone, without a termination message"),
     ],
 )
-def test_exit_codes_have_one_class_each(code, reason, fault):
-    outcome = classify(code, pod_reason=reason)
-    assert outcome.fault is fault
-    if reason:
-        assert outcome.reason == reason
+def test_exit_codes_have_one_class_each(code, pod, fault, reason, message):
+    outcome = classify(code, pod_reason=pod) if pod else classify(code)
+    assert outcome == Outcome(fault=fault, reason=reason, message=message)
 
 
 def test_the_most_telling_failure_is_the_one_that_explains_the_others():

@@ -41,7 +41,7 @@ def endpoint():
 
 
 def test_a_server_of_another_model_is_not_believed(endpoint):
-    with pytest.raises(Problem, match="serves other/ship, not demo/ship: another server has taken the port"):
+    with pytest.raises(Problem, match="serves other/ship, not demo/ship: another server took the port"):
         ask(Server(endpoint=endpoint, model="demo/ship"), "Hello", max_tokens=4)
 
 

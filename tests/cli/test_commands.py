@@ -124,7 +124,7 @@ def test_ls_of_an_empty_home_says_how_to_begin(headrace):
 def test_names_that_no_run_has(headrace, folder, words, name):
     done = headrace(words, name, *(["Hello"] if words == "ask" else []))
     assert done.code == 2
-    assert words == "names" or f"{name}: no run of this name" in done.err
+    assert words == "names" or f"{name}: no such run" in done.err
 
 
 DAMAGE = {
@@ -150,7 +150,7 @@ def test_a_damaged_run_folder_is_an_error_or_none_and_never_a_traceback(headrace
         done = headrace(*words)
         assert done.code in (0, 1, 2), words
         assert done.code == 0 or len(done.err.splitlines()) == 1, f"{words}: {done.err}"
-        assert "fault of headrace" not in done.err
+        assert "bug in headrace" not in done.err
         if damage != "a folder":
             assert "pydantic" not in done.err
 

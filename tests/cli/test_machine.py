@@ -125,7 +125,7 @@ def test_a_storage_that_cannot_be_written_to(headrace: Any, here: Any) -> None:
     # Even root cannot write here.
     done = headrace("run", here("corpus", storage={"uri": "/proc/1/store"}))
     assert done.code == 2
-    assert "spec.storage.uri: '/proc/1/store': /proc/1 cannot be written to; name another folder" in done.err
+    assert "spec.storage.uri: '/proc/1/store': /proc/1 is not writable; name another folder" in done.err
 
 
 def test_gpus_that_a_process_may_not_see_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

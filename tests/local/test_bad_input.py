@@ -185,4 +185,4 @@ def test_names_that_no_run_has(headrace):
     for command in (("status", "nobody"), ("logs", "nobody"), ("stop", "nobody")):
         done = headrace(*command)
         assert done.code == 2
-        assert "nobody: no run of this name" in done.err
+        assert "nobody: no such run" in done.err

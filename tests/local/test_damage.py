@@ -128,7 +128,7 @@ def test_agents_whose_record_was_lost_are_found(waiting, damage):
     _killed(waiting)
     (agent,) = waiting.agents()
     damage(waiting.home / "runs/small/attempts/corpus-1/processes.json")
-    assert "takes over" in waiting("status", "small").out
+    assert "To take over" in waiting("status", "small").out
     run = waiting.start()
     waiting.wait_for(lambda: _works(waiting, run))
     time.sleep(1)

@@ -1,9 +1,10 @@
 """The whole way on one machine: raw text to a served model, and what people see of it."""
 
+import http.server
 import json
 import shutil
 import subprocess
-import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -88,26 +89,40 @@ def test_plan_says_what_a_run_would_do(headrace):
     assert base["steps"] == 40
 
 
+class _Other(http.server.BaseHTTPRequestHandler):
+    """Answers as the server of another run would."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": "other/ship"}], "choices": [{"text": "x"}]}).encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def _other_server(port):
+    try:
+        return http.server.HTTPServer(("127.0.0.1", port), _Other)
+    except OSError:
+        return None
+
+
 def test_ask_reaches_this_runs_server_wherever_it_is_and_no_other(headrace):
     """Its server dies, another one takes the port, and the next server of this run gets another port."""
     before = headrace.status()["endpoint"]
     for process in headrace.processes():
         process.kill()
     headrace.wait_for(lambda: headrace.processes() == [])
-    program = (
-        "import http.server, json, sys\n"
-        "class Other(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self):\n"
-        "        self.send_response(200); self.end_headers()\n"
-        "        self.wfile.write(json.dumps({'data': [{'id': 'other/ship'}], 'choices': [{'text': 'x'}]}).encode())\n"
-        "    do_POST = do_GET\n"
-        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Other).serve_forever()\n"
-    )
-    other = subprocess.Popen([sys.executable, "-c", program, before.rpartition(":")[2]], stderr=subprocess.DEVNULL)
+    # The engine ends with its agent, but not in the same moment.
+    other = headrace.wait_for(lambda: _other_server(int(before.rpartition(":")[2])))
+    threading.Thread(target=other.serve_forever, daemon=True).start()
     try:
         dead = headrace("ask", "small", "The function")
         assert dead.code == 1
-        assert f"no server of it is running; start it with headrace run {headrace.folder / 'run.yaml'}" in dead.err
+        assert f"no server is running; start it with headrace run {headrace.folder / 'run.yaml'}" in dead.err
         seen = json.loads(headrace("status", "small", "-o", "json").out)
         assert (seen["summary"], seen.get("endpoint")) == ("Interrupted", None)
         headrace.manifest(*STAGES, restartPolicy={"maxInfraRestarts": 1})
@@ -117,7 +132,8 @@ def test_ask_reaches_this_runs_server_wherever_it_is_and_no_other(headrace):
         alive = headrace("ask", "small", "The function", "--max-tokens", "4")
         assert (alive.code, alive.err) == (0, "")
     finally:
-        other.kill()
+        other.shutdown()
+        other.server_close()
         other.wait()
 
 
@@ -172,4 +188,4 @@ def test_init_writes_a_manifest_that_is_valid(headrace):
     assert headrace("validate", "new.yaml").code == 0
     again = subprocess.run([HEADRACE, "init", "new.yaml"], cwd=headrace.folder, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "new.yaml: exists; name another file" in again.stderr
+    assert "new.yaml: already exists; name another file" in again.stderr

@@ -43,7 +43,7 @@ def test_stop_stops_what_a_killed_command_left_running(waiting):
     run.wait()
     seen = waiting("status", "small")
     assert "Starting" in seen.out
-    assert f"headrace run {waiting.folder / 'run.yaml'} --home {waiting.home} takes over" in seen.out
+    assert f"To take over: headrace run {waiting.folder / 'run.yaml'} --home {waiting.home}" in seen.out
     assert "stopped corpus (attempt 1)" in waiting("stop", "small").out
     _suspended(waiting)
 
@@ -103,7 +103,7 @@ def test_stop_at_any_moment_of_a_start_leaves_nothing_alive(waiting):
         run = waiting.start()
         time.sleep(draw.uniform(0, 3))
         stopped = waiting("stop", "small")
-        if "nothing was running" in stopped.out or "no run of this name" in stopped.err:
+        if "nothing was running" in stopped.out or "no such run" in stopped.err:
             run.send_signal(signal.SIGTERM)  # it had not begun
         else:
             assert stopped.code == 0, stopped.err
@@ -129,7 +129,7 @@ def test_a_run_whose_folder_is_removed_ends_with_everything_that_it_started(wait
     shutil.rmtree(waiting_rank.home / "runs")
     _, err = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert "was removed while the run used it" in err
+    assert "removed while the run was using it" in err
     assert len(err.split("error:")) == 2
     assert waiting_rank.processes() == []
     assert not (waiting_rank.home / "runs").exists()

@@ -10,6 +10,9 @@ from mutmut.__main__ import status_by_exit_code, walk_mutatable_files
 from mutmut.mutation.data import SourceFileMutationData
 from mutmut.mutation.diff_apply import get_diff_for_mutant
 
+_DID_NOT_RUN = 255
+"""mutmut's own failure to run the tests, which it calls a time-out."""
+
 
 def main() -> None:
     """Print ``[name, state, diff]`` for every mutant; the diff is left out of those that were killed."""
@@ -18,7 +21,7 @@ def main() -> None:
         file = SourceFileMutationData(path=path)
         file.load()
         for name, code in file.exit_code_by_key.items():
-            state = status_by_exit_code[code]
+            state = "did not run" if code == _DID_NOT_RUN else status_by_exit_code[code]
             rows.append([name, state, "" if state == "killed" else get_diff_for_mutant(name, path=path)])
     json.dump(rows, sys.stdout)
 

@@ -248,6 +248,12 @@ FAILURES: list[tuple[str, list[PodRecord], FaultClass | None, str]] = [
         "First",
     ),
     (
+        "the lowest of those that failed at once",
+        [failed(n, words=say("process", f"Pod{n}"), ended=ago(1)) for n in (2, 0, 1)],
+        FaultClass.PROCESS,
+        "Pod0",
+    ),
+    (
         "the failure, not the pods that the Job then stopped",
         [failed(0, exit_code=75, ended=ago(1)), failed(1, words=say("process", "RankKilled"), ended=ago(9))],
         FaultClass.PROCESS,
@@ -269,6 +275,8 @@ def test_what_explains_a_failure(pods: list[PodRecord], fault: FaultClass | None
 def test_an_outcome_names_the_node() -> None:
     outcome = explain_failure(ends_of([failed(3)]))
     assert outcome is not None and outcome.node == "node-3"
+    said = explain_failure(ends_of([failed(3, words=say("pod", "BadDisk", node="node-7"))]))
+    assert said is not None and said.node == "node-7", "the one that it names, where it names one"
 
 
 def test_the_pod_that_wrote_the_artifact_speaks_for_success() -> None:
@@ -451,7 +459,7 @@ def test_a_slow_start_waits_and_says_why(deployment: Any, pods: list[PodRecord],
 
 def test_a_roll_over_says_who_answers_meanwhile() -> None:
     (attempt,) = observe(make_deployment(available=True, updated=1, old=2, size=2))
-    assert attempt.missing == "1 of 2 servers are made; meanwhile 2 of an earlier attempt answer"
+    assert attempt.missing == "1 of 2 servers created; 2 of an earlier attempt still running"
 
 
 def test_pods_of_an_earlier_attempt_of_a_service_are_another_attempt() -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from builders import manifest
-from headrace_api.contract import service_name
+from headrace_api.contract import served_model_name, service_name
 from headrace_api.errors import ManifestError, parse_run
 from headrace_api.run import MAX_NAMES
 from headrace_operator.body.build.names import account_name, attempt_name
@@ -50,6 +50,14 @@ def test_no_two_things_of_random_runs_have_one_name():
 def test_the_longest_names_fit_a_pods_host_name():
     run, stage = "r" * (MAX_NAMES // 2), "s" * (MAX_NAMES // 2)
     assert HOST_NAME.match(f"{attempt_name(run, stage, 99_999)}-19999")
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "name"),
+    [("llama", "ship", "llama/ship"), ("a---b", "c-d", "a-b/c-d")],
+)
+def test_a_model_is_served_under_a_name_that_hugging_face_takes(run, stage, name):
+    assert served_model_name(run, stage) == name
 
 
 @pytest.mark.parametrize(

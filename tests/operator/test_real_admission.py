@@ -75,7 +75,7 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.stages[]", "globalBatchSize must be a multiple"): {"stages.base.pretrain.microBatchSize": 5},
     ("spec.stages[]", "precision fp8 needs GPUs"): {"stages.base.pretrain.precision": "fp8"},
     ("spec.stages[].compute", "ranksPerNode must be at most gpusPerNode"): {"stages.base.compute": {"gpusPerNode": 2, "ranksPerNode": 4}},
-    ("spec.stages[].compute.cpu", "write a number of processors"): {"stages.tok.compute": {"cpu": "0.0"}},
+    ("spec.stages[].compute.cpu", "write a number of CPUs"): {"stages.tok.compute": {"cpu": "0.0"}},
     ("spec.stages[].compute.memory", "must be at least 1"): {"stages.tok.compute": {"memory": "0Gi"}},
     ("spec.stages[].compute.memory", "must be at most"): {"stages.tok.compute": {"memory": "1001T"}},
     ("spec.stages[].corpus.sources[].uri", "only S3"): {"stages.corpus.corpus.sources": [{"uri": "https://host/text"}]},
@@ -201,12 +201,12 @@ def test_every_rule_has_a_case_and_every_case_a_rule() -> None:
     assert len(CASES) == len(found)
 
 
-@pytest.mark.parametrize(("path", "message"), _all_rules(), ids=[f"{p}: {m[:60]}" for p, m in _all_rules()])
-def test_a_rule_refuses_alone_what_it_is_there_to_refuse(admission: Admission, path: str, message: str) -> None:
+@pytest.mark.parametrize(("path", "begins"), CASES, ids=[f"{path}: {begins}" for path, begins in CASES])
+def test_a_rule_refuses_alone_what_it_is_there_to_refuse(admission: Admission, path: str, begins: str) -> None:
     of_runtimes = path.startswith("spec.trainer")
-    value = _changed(_case_of(path, message) or {}, value=RUNTIME if of_runtimes else manifest())
+    value = _changed(CASES[path, begins], value=RUNTIME if of_runtimes else manifest())
     refusals = admission.refusals(value)
-    assert refusals and all(message in refusal for refusal in refusals), refusals
+    assert refusals and all(begins in refusal for refusal in refusals), refusals
     with pytest.raises(ValueError):  # pydantic's errors and ours are both
         TrainingRuntime.model_validate(value) if of_runtimes else parse_run(value, body=Body.CLUSTER)
 

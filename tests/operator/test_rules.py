@@ -67,9 +67,9 @@ def test_a_pods_own_report_is_taken() -> None:
 @pytest.mark.parametrize(
     ("pod", "told", "said"),
     [
-        (None, report(), "not one of a run"),
-        (make_pod(uid="uid-1"), report(), "not one of a run"),
-        (make_pod(owner="nobody"), report(), "not one of a run"),
+        (None, report(), "does not belong to a run"),
+        (make_pod(uid="uid-1"), report(), "does not belong to a run"),
+        (make_pod(owner="nobody"), report(), "does not belong to a run"),
         (make_pod(), report(namespace="other"), "may not report for run other/demo"),
         (make_pod(), report(run="other"), "may not report for run team/other"),
         (make_pod(), report(stage="tok"), "stage tok"),

@@ -108,6 +108,34 @@ def test_an_edit_gives_fresh_budgets_and_keeps_the_total():
     assert (status.infra_spent, status.infra_restarts, it.started()) == (0, 1, [("corpus", 3)])
 
 
+def an_edit(it: Body) -> None:
+    stages = it.run.spec.dump()["stages"]
+    stages[-1]["compute"] = {"ranksPerNode": 2, "memory": "8Gi"}
+    it.change(stages=stages)
+    it.step()
+
+
+def a_suspension(it: Body) -> None:
+    for suspend in (True, False):
+        it.change(suspend=suspend)
+        it.step()
+
+
+@pytest.mark.parametrize("rerun", [an_edit, a_suspension], ids=["edited", "suspended and resumed"])
+def test_a_failed_stage_that_is_run_again_has_its_whole_budget_and_the_total_stays(rerun):
+    it = training(maxInfraRestarts=2)
+    for _ in range(3):
+        fail_at(it, None)
+    assert (it.state("base"), it.status("base").infra_spent) == (StageState.FAILED, 2)
+    rerun(it)
+    assert it.started() == [("base", 4)]
+    for number in (5, 6):
+        fail_at(it, None)
+        assert it.started() == [("base", number)]
+    fail_at(it, None)
+    assert (it.state("base"), it.run.status.restarts) == (StageState.FAILED, 4)
+
+
 @pytest.mark.parametrize(("served_seconds", "survives"), [(30, False), (601, True)])
 def test_a_server_gets_its_restarts_back_by_answering_for_ten_minutes(served_seconds, survives):
     it = body("corpus", "tok", "tokens", "base", "ship", "serve", restartPolicy={"maxInfraRestarts": 2})

@@ -37,7 +37,7 @@ def test_an_edit_of_compute_is_applied_by_the_next_attempt_at_no_cost(compute):
     edit_base(it, compute=compute)
     it.step()
     assert (it.stopped(), it.started()) == ([("base", 1)], [])
-    assert it.run.status.phase_message == "Stopping: attempt 1 saves and ends; the next one applies the edited spec"
+    assert it.run.status.phase_message == "Stopping: attempt 1 saves and exits; the next one applies the edited spec"
     assert [e.reason for e in it.last.events] == ["AttemptStopping"]
     it.step()
     assert "the next one applies the edited spec" in it.run.status.phase_message

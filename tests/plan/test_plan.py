@@ -183,6 +183,27 @@ def test_a_stage_that_finishes_while_it_is_suspended_is_done():
     assert it.state("tok") is StageState.SUSPENDED
 
 
+def test_a_stage_whose_turn_has_not_come_is_not_suspended():
+    it = body("corpus", "tok", "tokens", "base", "ship", "serve")
+    it.change(suspend=True)
+    it.step()
+    it.end(failed(FaultClass.STOPPED))
+    assert [s.state for s in it.run.status.stages] == [StageState.SUSPENDED] + [StageState.PENDING] * 5
+    assert [e.message for e in it.last.events] == ["corpus: after attempt 1"]
+
+
+def test_a_suspended_stage_waits_for_its_turn_when_an_earlier_one_is_made_again():
+    it = body("corpus", "tok")
+    it.end(succeeded("c"))
+    it.change(suspend=True)
+    it.step()
+    it.end(failed(FaultClass.STOPPED))
+    assert it.state("tok") is StageState.SUSPENDED
+    it.change(suspend=False, seed=7)
+    it.step()
+    assert (it.started(), it.state("tok")) == ([("corpus", 2)], StageState.PENDING)
+
+
 def test_suspending_and_resuming_a_failed_run_gives_it_fresh_budgets():
     it = body("corpus", restartPolicy={"maxUserRestarts": 0})
     it.end(failed(FaultClass.USER))
@@ -293,9 +314,9 @@ def test_the_newest_checkpoint_is_remembered_across_attempts():
 def test_events_tell_of_transitions_only():
     it = body("corpus")
     assert [e.reason for e in it.last.events] == ["AttemptStarted"]
-    it.end(failed(FaultClass.PROCESS, message="rank 1 was ended by SIGKILL"))
+    it.end(failed(FaultClass.PROCESS, message="rank 1 was killed by SIGKILL"))
     assert [e.reason for e in it.last.events] == ["AttemptFailed", "AttemptStarted"]
-    assert "rank 1 was ended by SIGKILL" in it.last.events[0].message
+    assert "rank 1 was killed by SIGKILL" in it.last.events[0].message
     it.step()
     assert it.last.events == ()
     it.end(succeeded("c", documentsOut=12))

@@ -37,7 +37,7 @@ def vanish(it: Body) -> None:
 WAYS = {
     **{fault: lambda it, fault=fault: it.end(failed(fault)) for fault in FaultClass if fault != FaultClass.CAPACITY},
     "its outcome is lost": lose_the_outcome,
-    "no pod is left to ask": lambda it: it.see(state=AttemptState.FAILED),
+    "all of the attempt's pods are gone": lambda it: it.see(state=AttemptState.FAILED),
     "it is removed from outside": vanish,
     "its start is refused": lambda it: it.refuse(REFUSED),
     "a container never starts": never_start,
@@ -88,7 +88,7 @@ def test_a_job_that_is_complete_before_its_pods_are_is_not_run_again():
     it = body("corpus", "tok")
     decided = it.see(state=AttemptState.SUCCEEDED, outcome=None)
     assert it.started() == [] and decided.requeue_after_seconds == 30
-    assert "has not said yet what it left" in it.run.status.phase_message
+    assert "its outcome is still to come" in it.run.status.phase_message
     it.step(after_seconds=29)
     assert it.started() == []
     it.end(succeeded("c"))

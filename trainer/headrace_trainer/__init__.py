@@ -1,4 +1,4 @@
-"""What runs in the pods: an agent that supervises, and one package for each stage kind.
+"""What runs in the pods: a supervising agent, and one package per stage kind.
 
-``agent`` starts ``stage``, which gives a ``StageContext`` to the package of the stage's kind and commits what it leaves.
+``agent`` starts ``stage``, which passes a ``StageContext`` to the stage's package and commits its output.
 """

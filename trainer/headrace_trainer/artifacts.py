@@ -1,7 +1,7 @@
-"""Finding, verifying and committing artifacts.
+"""Find, verify and commit artifacts.
 
-``commit`` writes the files, then ``artifact.json``: its presence means done. ``find`` says whether a stage's result is
-already there.
+``commit`` writes the files, then ``artifact.json``, whose presence means done. ``find`` looks for a stage's finished
+result.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ _PART_TIMEOUT_SECONDS = 600.0
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """SHA-256 of a file, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_files(folder: Path) -> list[ArtifactFile]:
-    """Size and digest of every file below ``folder``, by path."""
+    """Size and digest of every file below ``folder``, sorted by path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     return [
         ArtifactFile(path=p.relative_to(folder).as_posix(), bytes=p.stat().st_size, sha256=sha256_file(p))
@@ -37,7 +37,7 @@ def describe_files(folder: Path) -> list[ArtifactFile]:
 
 
 def read_manifest(store: ObjectStore, key: str) -> Artifact | None:
-    """The manifest under ``key``, or None where there is none that can be read."""
+    """The manifest under ``key``; None if it is missing or invalid."""
     if not store.exists(key):
         return None
     try:
@@ -47,7 +47,7 @@ def read_manifest(store: ObjectStore, key: str) -> Artifact | None:
 
 
 def find(store: ObjectStore, resolved: ResolvedStage) -> Artifact | None:
-    """The finished result of exactly this stage: same hash, and every file there with its stated size."""
+    """The finished artifact of exactly this stage: same hash, all files present with their stated sizes."""
     artifact = read_manifest(store, f"{resolved.stage.name}/{ARTIFACT_FILE}")
     if artifact is None or artifact.hash != resolved.hash:
         return None
@@ -57,28 +57,26 @@ def find(store: ObjectStore, resolved: ResolvedStage) -> Artifact | None:
 
 
 def verify(path: Path, file: ArtifactFile, *, address: str) -> None:
-    """Compare a file with its digest.
+    """Check a file against its digest.
 
     Raises:
         StorageError: it is missing or corrupt.
     """
     if not path.is_file():
-        raise StorageError(
-            f"{address}: missing: remove {ARTIFACT_FILE} beside it and run the stage that makes it again"
-        )
+        raise StorageError(f"{address}: missing: remove {ARTIFACT_FILE} beside it and rerun the stage that makes it")
     found = sha256_file(path)
     if found != file.sha256:
         raise StorageError(
             f"{address}: corrupt: sha256 is {found[:12]}, the manifest says {file.sha256[:12]}: "
-            f"remove {ARTIFACT_FILE} beside it and run the stage that makes it again"
+            f"remove {ARTIFACT_FILE} beside it and rerun the stage that makes it"
         )
 
 
 def upload_part(store: ObjectStore, resolved: ResolvedStage, folder: Path, *, index: int) -> list[ArtifactFile]:
-    """Store one pod's files and a note of them; the pod with index 0 waits for every note."""
+    """Upload one pod's files and a list of them, which pod 0 waits for."""
     stage, files = resolved.stage.name, describe_files(folder)
     if index == 0 and store.exists(f"{stage}/{ARTIFACT_FILE}"):
-        store.delete(f"{stage}/{ARTIFACT_FILE}")  # from here on the old files are being replaced
+        store.delete(f"{stage}/{ARTIFACT_FILE}")  # from here on, its files are being replaced
     for file in files:
         store.put_file(f"{stage}/{file.path}", folder / file.path)
         board.beat()
@@ -95,14 +93,14 @@ def commit(
     started: float,
     timeout: float = _PART_TIMEOUT_SECONDS,
 ) -> Artifact:
-    """Merge the notes of every pod and write the manifest. Only the pod with index 0 calls this.
+    """Merge the file lists of all pods and write the manifest. Only pod 0 calls it.
 
     Args:
         store: the run's store.
-        resolved: the stage that has finished.
-        metrics: the figures that the stage ends with.
-        started: when the attempt began, ``time.time()``.
-        timeout: seconds to wait for the other pods' notes.
+        resolved: the finished stage.
+        metrics: the stage's final metrics.
+        started: when the attempt started, from ``time.time()``.
+        timeout: seconds to wait for the other pods' file lists.
     """
     parts = [
         _wait_for_part(store, _part_key(resolved, i), timeout=timeout) for i in range(resolved.stage.compute.nodes)
@@ -133,14 +131,14 @@ def _wait_for_part(store: ObjectStore, key: str, *, timeout: float) -> list[Arti
     deadline = time.monotonic() + timeout
     while not store.exists(key):
         if time.monotonic() > deadline:
-            raise StorageError(f"{store.uri}/{key}: not there after {timeout:.0f} s: did that pod fail?")
+            raise StorageError(f"{store.uri}/{key}: missing after {timeout:.0f} s: did that pod fail?")
         board.beat()
         time.sleep(0.5)
     return [ArtifactFile.model_validate_json(line) for line in store.get_bytes(key).decode().splitlines()]
 
 
 def _remove_leftovers(store: ObjectStore, stage: str, files: Sequence[ArtifactFile]) -> None:
-    """Remove what earlier attempts left, except checkpoints and the evidence of hangs, which have lives of their own."""
+    """Delete what earlier attempts left, except checkpoints and evidence of hangs, which are pruned elsewhere."""
     listed = {f"{stage}/{f.path}" for f in files} | {f"{stage}/{ARTIFACT_FILE}"}
     for info in store.list(f"{stage}/"):
         kept = info.key.removeprefix(f"{stage}/").startswith(("checkpoints/", "evidence/"))

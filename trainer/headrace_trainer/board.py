@@ -1,7 +1,8 @@
-"""How ranks tell their agent that they go on, and how they ended: one slot a rank in memory that both share.
+"""The board: shared memory with a slot per rank, in which ranks show their agent that they are alive, and their
+outcome.
 
-A rank writes where it is (``report``), that it still moves (``beat``), and its last words (``say``). The agent reads.
-Nothing is sent and nothing is on a disk: a full or silent disk neither stops a rank nor hides how it ended.
+A rank writes its progress (``report``), signs of life (``beat``) and its outcome (``say``); the agent reads. Nothing is
+sent or written to disk, so a full or hung disk neither blocks a rank nor hides how it ended.
 """
 
 import mmap
@@ -11,7 +12,7 @@ import zlib
 from pathlib import Path
 
 BOARD_VARIABLE = "HEADRACE_BOARD"
-"""The environment variable with the path of the memory; unset, ranks say nothing."""
+"""The environment variable with the board's path. If unset, ranks report nothing."""
 _TEXT_BYTES = 32 * 1024
 _COUNTS = struct.Struct("<QQ")
 _TEXT = struct.Struct("<II")
@@ -21,40 +22,40 @@ _WORDS_AT = _PROGRESS_AT + _TEXT.size + _TEXT_BYTES
 
 
 class Slot:
-    """What one rank says. Only that rank writes."""
+    """One rank's part of the board. Only that rank writes it."""
 
     def __init__(self, memory: mmap.mmap, index: int) -> None:
         self._memory, self._at = memory, index * _SLOT_BYTES
 
     def report(self, progress: str) -> None:
-        """Say where this rank is: it has entered another phase, or finished another unit."""
+        """Publish progress: a new phase, or another finished unit."""
         self._write(_PROGRESS_AT, progress)
         beats, reports = self.counts
         self._count(beats + 1, reports + 1)
 
     def beat(self) -> None:
-        """Say that this rank moves on in what it reported last."""
+        """Show that this rank is making progress within what it last reported."""
         beats, reports = self.counts
         self._count(beats + 1, reports)
 
     def say(self, words: str) -> None:
-        """Leave this rank's last words."""
+        """Leave this rank's outcome."""
         self._write(_WORDS_AT, words)
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many beats there were, reports included, and how many reports."""
+        """The number of beats (reports included), and of reports."""
         beats, reports = _COUNTS.unpack_from(self._memory, self._at)
         return beats, reports
 
     @property
     def progress(self) -> str | None:
-        """The newest report; None before the first, and while one is being written."""
+        """The newest report; None before the first, or while one is being written."""
         return self._read(_PROGRESS_AT)
 
     @property
     def words(self) -> str | None:
-        """The last words; None where there are none."""
+        """The outcome; None if there is none."""
         return self._read(_WORDS_AT)
 
     def _count(self, beats: int, reports: int) -> None:
@@ -63,7 +64,7 @@ class Slot:
     def _write(self, offset: int, text: str) -> None:
         data, at = text.encode(), self._at + offset
         if len(data) > _TEXT_BYTES:
-            raise ValueError(f"{len(data)} bytes are more than a slot's {_TEXT_BYTES}")
+            raise ValueError(f"{len(data)} bytes exceed the slot's {_TEXT_BYTES}")
         self._memory[at + _TEXT.size : at + _TEXT.size + len(data)] = data
         _TEXT.pack_into(self._memory, at, len(data), zlib.crc32(data))
 
@@ -88,25 +89,25 @@ class Board:
 
     @classmethod
     def create(cls, ranks: int) -> "Board":
-        """An empty board. It lasts as long as a process has it open."""
+        """Create an empty board. It lasts as long as any process has it open."""
         fd = os.memfd_create("headrace-board")
         os.ftruncate(fd, ranks * _SLOT_BYTES)
         return cls(fd, ranks=ranks)
 
 
 class Counter:
-    """The beats of a process that works for a rank, in memory that it shares with the rank. Made before the fork."""
+    """The beats of a helper process, in memory shared with its rank. Create it before the fork."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
 
     def beat(self) -> None:
-        """Say that this process moves on."""
+        """Show that this process is making progress."""
         _COUNTS.pack_into(self._memory, 0, self.beats + 1, 0)
 
     @property
     def beats(self) -> int:
-        """How many there were."""
+        """The number of beats."""
         beats: int = _COUNTS.unpack_from(self._memory, 0)[0]
         return beats
 
@@ -115,7 +116,7 @@ _mine: Slot | Counter | None = None
 
 
 def take_slot(local_rank: int) -> Slot | None:
-    """Make a slot of the board that the environment names this process's own; None where it names none."""
+    """Take a slot of the board named in the environment for this process; None if there is no board."""
     global _mine
     path = os.environ.get(BOARD_VARIABLE)
     if path is None:
@@ -127,15 +128,15 @@ def take_slot(local_rank: int) -> Slot | None:
 
 
 def beat_on(counter: Counter) -> None:
-    """Take this process, forked from a rank, for the rank's helper: it must not say that the rank itself moves on."""
+    """Use a counter instead of the slot. For a helper forked from a rank: it must not vouch for the rank itself."""
     global _mine
     _mine = counter
 
 
 def beat() -> None:
-    """Say that this rank moves on, from wherever its work is done: a file was stored, bytes arrived.
+    """Show that this rank is making progress, from wherever it happens: a file was stored, bytes arrived.
 
-    Never from a timer: what beats while the rank's work stands still would hide that it hangs.
+    Never call it from a timer: beating while the work stands still would hide a hang.
     """
     if _mine is not None:
         _mine.beat()

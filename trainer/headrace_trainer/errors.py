@@ -1,25 +1,25 @@
-"""The errors that the agent turns into fault classes; every other exception is a fault of the process."""
+"""Errors that map to fault classes; any other exception counts as a process fault."""
 
 from headrace_api.faults import ExitCode, FaultClass
 
 
 class UserError(ValueError):
-    """Bad configuration or data: the message names the field or file, the value and the remedy."""
+    """Bad configuration or data. The message names the field or file, the value and the remedy."""
 
 
 class StorageError(Exception):
-    """Storage did not answer, is full, or holds something corrupt."""
+    """Storage did not answer, is full, or holds corrupt data."""
 
 
 class PeersMissing(Exception):
-    """Ranks of the gang did not come in time."""
+    """Ranks of the gang did not join in time."""
 
 
 class Stopped(Exception):
-    """Asked to stop, and stopped with the work saved.
+    """Stopped on request, with the work saved.
 
     Attributes:
-        step: the step that was saved.
+        step: the saved step.
     """
 
     def __init__(self, message: str, *, step: int | None = None) -> None:
@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 def fault_of(error: BaseException) -> tuple[FaultClass, ExitCode]:
-    """The fault class and exit code of an exception that ended a rank."""
+    """The fault class and exit code for an exception that ended a rank."""
     if isinstance(error, Stopped):
         return FaultClass.STOPPED, ExitCode.STOPPED
     if isinstance(error, UserError):

@@ -1,8 +1,8 @@
-"""A stage's inputs on this node: fetched and verified once for all ranks, and kept for later attempts.
+"""A stage's inputs: fetched and verified once per node, for all ranks, and kept for later attempts.
 
-In: a reference to an artifact. Out: a local folder whose every file has the digest that the manifest states. The cache has
-an entry for each artifact, by digest: its files, unless storage is a folder of this machine, and a line for each file that
-was verified. What was fetched before a kill is not fetched again; an entry that nobody uses makes room for a new one.
+In: a reference to an artifact. Out: a local folder whose every file has the digest stated in the manifest. The cache
+has an entry per artifact digest: the files (unless storage is a local folder), and a line for every verified file.
+Files fetched before a kill are not fetched again; unused entries are evicted to make room.
 """
 
 import fcntl
@@ -21,30 +21,30 @@ from headrace_trainer.storage import ObjectStore
 
 _VERIFIED = "verified.jsonl"
 _SPARE_BYTES = 1 << 30
-"""Left free on the cache's file system."""
+"""Kept free on the cache's file system."""
 
 Stamp = tuple[int, int]
-"""Size and time of change (ns) of a file when it was verified."""
+"""A file's size and mtime (ns) when it was verified."""
 
 
 def fetch(store: ObjectStore, ref: ArtifactRef, *, cache: Path) -> Path:
-    """A local folder with an artifact's files, which stays until this process ends.
+    """A local folder with an artifact's files; it stays until this process ends.
 
     Args:
-        store: rooted at the folder of the stage that made the artifact.
-        ref: what is wanted.
-        cache: a folder that the processes of this node share.
+        store: rooted at the folder of the stage that produced the artifact.
+        ref: the artifact.
+        cache: a folder shared by the processes of this node.
 
     Raises:
-        StorageError: the artifact is gone, is another one, or a file's digest does not match.
+        StorageError: the artifact is missing or has been replaced, or a file's digest does not match.
     """
     artifact = read_manifest(store, ARTIFACT_FILE)
     if artifact is None:
-        raise StorageError(f"{ref.uri}: no {ARTIFACT_FILE}: the stage that makes it must run again")
+        raise StorageError(f"{ref.uri}: no {ARTIFACT_FILE}: rerun the stage that makes it")
     if artifact.digest != ref.digest:
         raise StorageError(
-            f"{ref.uri}: digest {artifact.digest[:12]} where {ref.digest[:12]} was expected: another run wrote here; "
-            "use another storage.uri, or run the stage that makes it again"
+            f"{ref.uri}: digest {artifact.digest[:12]}, expected {ref.digest[:12]}: another run wrote here; "
+            "use another storage.uri, or rerun the stage that makes it"
         )
     entry = cache / ref.digest
     try:
@@ -57,13 +57,13 @@ def fetch(store: ObjectStore, ref: ArtifactRef, *, cache: Path) -> Path:
 
 
 def _bring(artifact: Artifact, store: ObjectStore, entry: Path, *, address: str) -> Path:
-    """Fetch and verify what is not here yet; this process holds the entry's lock."""
+    """Fetch and verify what is missing. The caller holds the entry's lock."""
     local, known = store.local_path(""), dict(_read(entry))
     folder = local or entry / "files"
     missing = [f for f in artifact.files if known.get(f.path) is None or _stamp(folder / f.path) != known[f.path]]
     if local is None:
         _make_room(entry, sum(f.bytes for f in missing))
-    (entry / _VERIFIED).touch()  # the entry that was used last is removed last
+    (entry / _VERIFIED).touch()  # marks the entry as used, for eviction
     with (entry / _VERIFIED).open("a") as verified:
         for file in missing:
             path = folder / file.path
@@ -71,7 +71,7 @@ def _bring(artifact: Artifact, store: ObjectStore, entry: Path, *, address: str)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 store.get_file(file.path, path)
             verify(path, file, address=f"{address}/{file.path}")
-            # The line break comes first: whatever a kill left of the line before stays a line of its own.
+            # Newline first, so that a line cut off by a kill does not corrupt this one.
             verified.write("\n" + json.dumps([file.path, _stamp(path)]))
             verified.flush()
             board.beat()
@@ -84,7 +84,7 @@ def _read(entry: Path) -> Iterator[tuple[str, Stamp]]:
             try:
                 path, (size, changed) = json.loads(line)
             except ValueError:
-                continue  # empty, or its writer was killed
+                continue  # empty, or cut off by a kill
             yield path, (size, changed)
 
 
@@ -97,14 +97,14 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def _use(entry: Path) -> None:
-    """Keep the entry until this process ends: the kernel gives the lock up with it."""
+    """Pin the entry until this process ends: the kernel releases the lock then."""
     lock = os.open(entry.with_suffix(".used"), os.O_RDWR | os.O_CREAT, 0o644)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    entry.mkdir(exist_ok=True)  # it may have been removed while this process waited
+    entry.mkdir(exist_ok=True)  # it may have been evicted while we waited for the lock
 
 
 def _make_room(entry: Path, num_bytes: int) -> None:
-    """Remove entries that nobody uses, the one that was used longest ago first, until there is room."""
+    """Evict unused entries, least recently used first, until there is room."""
     others = [e for e in entry.parent.iterdir() if e.is_dir() and e != entry]
     for other in sorted(others, key=lambda e: (_stamp(e / _VERIFIED) or (0, 0))[1]):
         if shutil.disk_usage(entry).free >= num_bytes + _SPARE_BYTES:

@@ -1,4 +1,4 @@
-"""Locks between the processes of a node, on files; the kernel gives up those of a process that dies."""
+"""File locks between the processes of a node. The kernel releases those of a dead process."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ _LOCK_SECONDS = 0.2
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file. Whoever waits for it beats: it is the holder that may hang."""
+    """Hold a lock file. Waiting counts as progress: only the holder can hang."""
     with path.open("w") as lock:
         while True:
             try:

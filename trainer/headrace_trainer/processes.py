@@ -1,7 +1,7 @@
-"""Nothing outlives what started it: death signals from parent to child, adopted orphans, and the end of a whole tree.
+"""Nothing outlives what started it: parent-death signals, adopted orphans, and killing of whole trees.
 
-A process that its parent leaves behind, in whatever session, is adopted by the nearest ancestor that asked for orphans.
-So everything that a rank ever started stays below the agent, where ``kill_tree`` finds it.
+An orphan, whatever its session, is adopted by the nearest ancestor that asked for orphans. So everything a rank ever
+started stays below the agent, where ``kill_tree`` finds it.
 """
 
 import contextlib
@@ -24,31 +24,31 @@ log = logging.getLogger("headrace")
 
 
 def die_with_parent(*, on: bool = True) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies. For ``preexec_fn`` and for ranks.
+    """Have the kernel kill this process when its parent dies, however that happens. For ``preexec_fn`` and for ranks.
 
     Args:
-        on: False takes it back.
+        on: False undoes it.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if on else 0)
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of its descendants' orphans, so that they stay in its tree. Children must be reaped."""
+    """Become the parent of orphaned descendants, so that they stay in this process's tree. Children must be reaped."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def let_stacks_be_read() -> None:
-    """Let a debugger of the same user attach, where the kernel would allow that to ancestors alone (Yama)."""
+    """Let any process of the same user attach a debugger; by default Yama may allow only ancestors to."""
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY)
 
 
 def name_process(name: str) -> None:
-    """What ``ps -o comm`` and ``top`` call this process; 15 characters are kept."""
+    """Set the name shown by ``ps -o comm`` and ``top``; 15 characters are kept."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is held by a signal (SIGSTOP, SIGTSTP) or by a debugger; False for one that is gone."""
+    """Whether a signal (SIGSTOP, SIGTSTP) or a debugger has stopped a process. False if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -57,7 +57,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """The live descendants of a process, zombies left out."""
+    """The live descendants of a process, without zombies."""
     try:
         found = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -66,21 +66,21 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and its live descendants so far."""
+    """CPU time used so far by a process and its live descendants."""
     spent = 0.0
     with contextlib.suppress(psutil.Error):
         for process in (psutil.Process(pid), *tree(pid)):
             with contextlib.suppress(psutil.Error):
-                spent += sum(process.cpu_times()[:4])  # its own, and of children that have ended
+                spent += sum(process.cpu_times()[:4])  # its own, and of ended children
     return spent
 
 
 def kill_tree(pid: int, *, seconds: float = 5.0) -> None:
-    """Kill every descendant of a process until none is left: some may start others while they are being killed.
+    """Kill every descendant of a process until none is left: some may fork while they are being killed.
 
     Args:
-        pid: the process at the root, which is spared.
-        seconds: how long to insist; a process that waits for a device or a file server cannot be killed.
+        pid: the root process, which is spared.
+        seconds: when to give up: a process in uninterruptible sleep cannot be killed.
     """
     deadline = time.monotonic() + seconds
     while left := tree(pid):
@@ -88,13 +88,13 @@ def kill_tree(pid: int, *, seconds: float = 5.0) -> None:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         if time.monotonic() > deadline:
-            log.error("not killed in %.0f s: processes %s", seconds, ", ".join(str(p.pid) for p in left))
+            log.error("failed to kill within %.0f s: processes %s", seconds, ", ".join(str(p.pid) for p in left))
             return
         time.sleep(0.01)
 
 
 def reap() -> list[tuple[int, int]]:
-    """Collect every child that has ended: (process id, exit code, negative for a signal), in the order of their ends."""
+    """Reap every ended child: (process id, exit code, negative for a signal), in the order they ended."""
     ended = []
     with contextlib.suppress(ChildProcessError):
         while True:

@@ -1,8 +1,8 @@
-"""One rank of a stage: ``python -m headrace_trainer.stage stage.json``, or ``main`` in a process that was forked for it.
+"""One rank of a stage: ``python -m headrace_trainer.stage stage.json``, or ``main`` in a forked process.
 
-In: a ``ResolvedStage`` and the environment that the agent's launcher sets. ``stages.<kind>.run`` does the work; what it
-leaves in ``ctx.output`` is committed as the stage's artifact. Out: on the rank's slot of the board, how far it is, and
-at its end an ``Outcome``, from which the agent makes the pod's termination message.
+In: a ``ResolvedStage`` and the environment set by the agent's launcher. ``stages.<kind>.run`` does the work; its
+``ctx.output`` is committed as the stage's artifact. Out, on the rank's slot of the board: progress, and at the end an
+``Outcome``, from which the agent makes the pod's termination message.
 """
 
 import contextlib
@@ -30,30 +30,30 @@ from headrace_trainer.storage import ObjectStore, open_store, open_uri
 
 STOP_FILE = "stop"
 EVIDENCE = "evidence"
-"""The folder below the scratch folder for what explains a hang; it outlives the attempt."""
+"""Folder in the scratch folder for evidence of a hang; it outlives the attempt."""
 STACK_SIGNAL = signal.SIGUSR1
-"""Makes a rank write the stacks of its threads into its ``stacks_file``."""
+"""Makes a rank dump its threads' stacks to its ``stacks_file``."""
 
 log = logging.getLogger("headrace")
 
 
 @dataclass(kw_only=True)
 class StageContext:
-    """What a stage is given: its configuration, its inputs, and somewhere to leave its results."""
+    """What a stage gets: its configuration, its inputs, and somewhere to put its results."""
 
     resolved: ResolvedStage
     scratch: Path
-    """A folder on this node that this attempt has for itself."""
+    """A folder on this node for this attempt alone."""
     cache: Path | None = None
     """A folder on this node that outlives attempts, if there is one."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     index: int = 0
-    """The pod's index: ``JOB_COMPLETION_INDEX``."""
+    """The pod's completion index."""
     store: ObjectStore = field(init=False)
     slot: board.Slot | None = None
-    """Where this rank reports; without an agent, nowhere."""
+    """Where this rank reports; None without an agent."""
 
     def __post_init__(self) -> None:
         self.store = open_store(self.resolved.storage)
@@ -71,28 +71,28 @@ class StageContext:
 
     @property
     def output(self) -> Path:
-        """The folder whose files become the artifact. Pods leave parts of it; paths must differ between pods."""
+        """Its files become the artifact. Each pod writes a part; paths must differ between pods."""
         return self.scratch / "output"
 
     def input(self, slot: str) -> Path:
-        """A local folder with the verified files of an input; the node's ranks share one copy.
+        """A local folder with the verified files of an input, shared by the node's ranks.
 
         Raises:
-            StorageError: the artifact is gone or corrupt.
+            StorageError: the artifact is missing or corrupt.
         """
         ref = self.resolved.inputs[slot]
         self.report(phase=STARTING_PHASE, message=f"reading the {slot}")
         return inputs.fetch(open_uri(ref.uri, self.resolved.storage), ref, cache=self.cache or self.scratch / "inputs")
 
     def stop_requested(self) -> bool:
-        """Whether this pod was asked to stop; other pods may not know yet, so ranks must agree on it."""
+        """Whether this pod was asked to stop. Other pods may not know yet, so ranks must agree on it."""
         return (self.scratch / STOP_FILE).exists()
 
     def report(self, **fields: Any) -> None:
-        """Say how far this rank is, with any fields of ``Progress``: at each step, and at each change of phase.
+        """Report this rank's progress, with any fields of ``Progress``: at each step and each change of phase.
 
-        The agent takes a rank that says nothing, much longer than it was ever silent before, for one that hangs; where
-        a phase is long, ``board.beat`` at what is finished in it.
+        The agent takes a rank for hung if it is silent for much longer than ever before; in a long phase, call
+        ``board.beat`` as things get done.
         """
         if self.slot is not None:
             stage, attempt = self.resolved.stage.name, self.resolved.attempt
@@ -101,7 +101,7 @@ class StageContext:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old or the new text, never a part."""
+    """Write a small file such that readers see the old or the new text, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -112,7 +112,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def context_from_environment(stage_file: Path, *, slot: board.Slot | None = None) -> StageContext:
-    """The context of this rank: ``HEADRACE_SCRATCH``, ``HEADRACE_CACHE``, ``JOB_COMPLETION_INDEX`` and torch's variables."""
+    """This rank's context, from the environment: ``HEADRACE_*``, ``JOB_COMPLETION_INDEX`` and torch's variables."""
     env = os.environ
     return StageContext(
         resolved=ResolvedStage.model_validate_json(stage_file.read_text()),
@@ -130,7 +130,7 @@ def run_stage(ctx: StageContext) -> Outcome:
     """Do the stage's work and commit its artifact.
 
     Returns:
-        The outcome of this rank; the one of rank 0 has the artifact's digest.
+        This rank's outcome; that of rank 0 has the artifact's digest.
     """
     started = time.time()
     metrics = importlib.import_module(f"headrace_trainer.stages.{ctx.resolved.stage.kind}").run(ctx)
@@ -145,7 +145,7 @@ def run_stage(ctx: StageContext) -> Outcome:
 
 
 def outcome_of(error: BaseException, *, rank: int) -> tuple[Outcome, ExitCode]:
-    """What to say of an exception that ended this rank."""
+    """The outcome and exit code for an exception that ended this rank."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "the scratch folder"
         error = StorageError(f"{where}: no space left on the device: free some, or mount a larger scratch volume")
@@ -157,12 +157,12 @@ def outcome_of(error: BaseException, *, rank: int) -> tuple[Outcome, ExitCode]:
 
 
 def stacks_file(scratch: Path, local_rank: int) -> Path:
-    """Where a rank writes its stacks at ``STACK_SIGNAL``."""
+    """Where a rank dumps its stacks on ``STACK_SIGNAL``."""
     return scratch / f"stacks-{local_rank}.txt"
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Run one rank and end this process; the exit code is one of ``ExitCode``."""
+    """Run one rank and end this process with an ``ExitCode``."""
     rank, code = int(os.environ.get("RANK", "0")), ExitCode.OK
     where = f"rank {rank} " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {where}%(levelname)s %(message)s", stream=sys.stderr)
@@ -188,10 +188,10 @@ def main(argv: list[str]) -> NoReturn:
 
 
 def _show_stacks_when_asked(ctx: StageContext) -> None:
-    """Prepare for the agent's questions about a hang: this process may be attached to, and answers a signal."""
+    """Allow stack dumps for hang diagnosis: debuggers may attach, and a signal triggers a dump."""
     let_stacks_be_read()
     faulthandler.enable()
-    with contextlib.suppress(OSError):  # a full disk is told by what needs it
+    with contextlib.suppress(OSError):  # on a full disk, whatever needs the space reports it
         file = stacks_file(ctx.scratch, ctx.local_rank).open("w")
         faulthandler.register(STACK_SIGNAL, file=file, all_threads=True)
 

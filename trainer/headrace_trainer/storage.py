@@ -32,7 +32,7 @@ class ObjectInfo:
 
 
 class ObjectStore(Protocol):
-    """What a directory and a bucket have in common."""
+    """The interface shared by directories and buckets."""
 
     uri: str
 
@@ -43,29 +43,29 @@ class ObjectStore(Protocol):
         """Store ``data`` under ``key``."""
 
     def get_file(self, key: str, path: Path) -> None:
-        """Fetch ``key`` into a local file."""
+        """Download ``key`` to a local file."""
 
     def get_bytes(self, key: str) -> bytes:
         """The content of ``key``."""
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """Objects whose key begins with ``prefix``, by key."""
+        """Objects whose keys start with ``prefix``, sorted by key."""
 
     def exists(self, key: str) -> bool:
-        """Whether ``key`` is there."""
+        """Whether ``key`` exists."""
 
     def delete(self, prefix: str) -> None:
-        """Remove every object whose key begins with ``prefix``."""
+        """Delete every object whose key starts with ``prefix``."""
 
     def local_path(self, key: str) -> Path | None:
-        """Where ``key`` can be read without a copy; None where it cannot."""
+        """Where ``key`` can be read without copying it, or None."""
 
 
 def open_store(storage: Storage) -> ObjectStore:
     """The store of a run.
 
     Raises:
-        UserError: ``storage.uri`` is unset or of an unknown kind.
+        UserError: ``storage.uri`` is unset or has an unknown scheme.
     """
     if storage.uri is None:
         raise UserError("storage.uri: unset: write s3://bucket/prefix or a directory")
@@ -73,22 +73,22 @@ def open_store(storage: Storage) -> ObjectStore:
 
 
 def open_uri(uri: str, storage: Storage) -> ObjectStore:
-    """A store rooted at ``uri``, reached with the endpoint, region and credentials of ``storage``."""
+    """A store rooted at ``uri``, with the endpoint, region and credentials of ``storage``."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return DirectoryStore(Path(rest if separator else uri))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         return S3Store(bucket, prefix.strip("/"), endpoint=storage.endpoint, region=storage.region)
-    raise UserError(f"storage address {uri!r}: unknown kind {scheme!r}: write s3://bucket/prefix or a directory")
+    raise UserError(f"uri: {uri!r}: unknown scheme {scheme!r}: write s3://bucket/prefix or a directory")
 
 
 _STAGED = ".staged-"
-"""How the name of a file begins that is not yet under its key."""
+"""Prefix of the names of files that are still being written."""
 
 
 class DirectoryStore:
-    """Objects are files below a directory."""
+    """Objects as files below a directory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -112,7 +112,7 @@ class DirectoryStore:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         with _as_storage_errors(f"{self.uri}/{prefix}"):
-            # Only the folder that the prefix names is walked: the store may be large.
+            # Walk only the folder named by the prefix: the store may be large.
             folder = self.root / prefix.rpartition("/")[0]
             found = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(_STAGED))
             keys = ((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in found)
@@ -128,7 +128,7 @@ class DirectoryStore:
                 path.unlink(missing_ok=True)
                 _remove_empty_parents(path.parent, stop=self.root)
             if prefix.endswith("/"):
-                for path in list((self.root / prefix).rglob(f"{_STAGED}*")):  # left by writers that were killed
+                for path in list((self.root / prefix).rglob(f"{_STAGED}*")):  # left by killed writers
                     path.unlink(missing_ok=True)
                     _remove_empty_parents(path.parent, stop=self.root)
 
@@ -137,7 +137,7 @@ class DirectoryStore:
 
     @contextmanager
     def _replacing(self, key: str) -> Iterator[Path]:
-        """A path beside ``key`` that becomes ``key`` when the block ends well, and vanishes when it does not."""
+        """A temporary path beside ``key``. It replaces ``key`` if the block succeeds, and is deleted otherwise."""
         final = self.root / key
         staged = final.with_name(f"{_STAGED}{uuid.uuid4().hex}")
         with _as_storage_errors(str(final)):
@@ -152,7 +152,7 @@ class DirectoryStore:
 
 
 class S3Store:
-    """Objects are keys below a prefix of a bucket."""
+    """Objects below a prefix of a bucket."""
 
     def __init__(self, bucket: str, prefix: str, *, endpoint: str | None, region: str | None) -> None:
         self.bucket, self.prefix = bucket, prefix
@@ -162,7 +162,7 @@ class S3Store:
 
     @property
     def _client(self) -> "S3Client":
-        """A client of this process: a fork must not speak over connections that it shares with its parent."""
+        """This process's client: a forked process must not use its parent's connections."""
         pid, client = self._connected
         if pid != os.getpid():
             client = self._connect()
@@ -210,7 +210,7 @@ class S3Store:
 
 
 def _moved(_num_bytes: int) -> None:
-    """Bytes were sent or received: who waits for the rest does not hang."""
+    """Bytes were transferred, so this rank is not hung."""
     board.beat()
 
 
@@ -222,7 +222,7 @@ def _s3_client(endpoint: str | None, region: str | None) -> "S3Client":
         retries={"mode": "standard", "max_attempts": 5},
         connect_timeout=5,
         read_timeout=60,
-        # Servers other than Amazon's answer ranged reads without the whole object's checksum.
+        # S3-compatible servers may answer ranged reads without the whole object's checksum.
         response_checksum_validation="when_required",
         request_checksum_calculation="when_required",
         s3={"addressing_style": "path"} if endpoint else {},
@@ -232,7 +232,7 @@ def _s3_client(endpoint: str | None, region: str | None) -> "S3Client":
 
 @contextmanager
 def _as_storage_errors(address: str) -> Iterator[None]:
-    """Turn what the file system and boto3 raise into a ``StorageError`` that names ``address``."""
+    """Turn errors of the file system and boto3 into a ``StorageError`` that names ``address``."""
     try:
         yield
     except OSError as error:
@@ -247,8 +247,8 @@ def _remedy(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return "no space left on the device: free some, or point storage.uri elsewhere"
     if error.errno == errno.ENOENT:
-        return "not found: was it removed? run the stage that makes it again"
-    return f"{error.strerror or error}: check that the address exists and can be written"
+        return "not found: was it removed? rerun the stage that makes it"
+    return f"{error.strerror or error}: check that the address exists and is writable"
 
 
 def _remove_empty_parents(folder: Path, *, stop: Path) -> None:

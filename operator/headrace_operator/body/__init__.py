@@ -1,1 +1,1 @@
-"""How decisions meet a cluster: watch, observe from caches, plan, apply."""
+"""The cluster body: watch, observe from caches, plan, apply."""

@@ -1,7 +1,7 @@
-"""The only place that changes the cluster: attempts' objects, statuses, events.
+"""The only module that changes the cluster: attempts' objects, statuses, events.
 
-In: what ``plan`` decided. Out: requests to the API server; what it answers goes into the caches at once, so that the
-next decision about the run sees it even if a watch lags.
+In: the plan. Out: requests to the API server. Its answers go straight into the caches, so that the next decision
+sees them even if a watch lags.
 """
 
 import uuid
@@ -37,17 +37,16 @@ class Writer:
     def __init__(self, kube: Kube, *, cluster: Cluster, runs: Runs) -> None:
         self._kube, self._cluster, self._runs = kube, cluster, runs
         self._whole: dict[str, set[str]] = defaultdict(set)
-        """uid of a run -> those of its workloads of which this process knows that nothing of them is missing."""
+        """uid of a run -> uids of its workloads whose objects are known to be complete."""
 
     def forget(self, run_uid: str) -> None:
-        """Forget a run."""
         self._whole.pop(run_uid, None)
 
     async def start(self, resolved: ResolvedStage, runtime: TrainingRuntime) -> None:
-        """Make an attempt's objects exist. Costs nothing once they do.
+        """Create an attempt's objects. Free once they exist.
 
         Raises:
-            Retry: an object of that name exists that is not this attempt's.
+            Retry: the name is taken by an object that is not this attempt's.
             ApiError: the API server refused.
         """
         if resolved.stage.config.RUNS_AS is RunsAs.SERVICE:
@@ -73,7 +72,7 @@ class Writer:
         self._whole[resolved.run_uid].add(created["metadata"]["uid"])
 
     async def _start_service(self, resolved: ResolvedStage, objects: Objects) -> None:
-        """A Deployment is applied when it is not there, for another attempt, or for a changed runtime, and never else."""
+        """Apply the Deployment if it is missing, or was built for another attempt or runtime; else leave it."""
         digest = objects.workload["metadata"]["annotations"][DIGEST_ANNOTATION]
         known = self._known(self._cluster.deployments, resolved)
         asked = known is not None and known.digest == digest and known.deletion_deadline is None
@@ -83,7 +82,7 @@ class Writer:
             await self._scale(known, objects.scale)
 
     async def _apply_service(self, resolved: ResolvedStage, objects: Objects, *, as_asked: bool) -> DeploymentRecord:
-        """Make a service's objects exist. A new attempt's ConfigMap comes before the pods that mount it, if it can."""
+        """Create a service's objects: where possible, a new attempt's ConfigMap before the pods that mount it."""
         await self._ensure(objects.account, owner=resolved.run_uid)
         stored = await self._check_owner(objects.workload, owner=resolved.run_uid)
         if stored is not None:
@@ -104,7 +103,7 @@ class Writer:
         await self._ensure(config, owner=stored["metadata"]["uid"])
 
     async def _scale(self, known: DeploymentRecord, scale: Raw) -> None:
-        """Ask for other replicas. Not by apply: what is applied once and left out later is taken away."""
+        """Set the replicas. A merge patch: server-side apply would own the field, and later reset it."""
         WRITES.labels(verb="patch", kind="Deployment").inc()
         address = path("Deployment", namespace=known.namespace, name=known.name)
         query, merge = {"fieldManager": FIELD_MANAGER}, "application/merge-patch+json"
@@ -112,15 +111,15 @@ class Writer:
         self._cluster.deployments.put(deployment_record(answer))
 
     def _known(self, cache: Cache[R], resolved: ResolvedStage) -> R | None:
-        """The workload of an attempt: by what it says of itself, since another version may have named it otherwise."""
+        """An attempt's workload, found by its labels: another operator version may have named it differently."""
         wanted = (resolved.stage.name, resolved.attempt, resolved.run_uid)
         of_run = cache.of_run(_key(resolved))
         return next((w for w in of_run if (w.stage, w.attempt, w.owner) == wanted), None)
 
     async def _is_whole(self, workload: Record, *, service: Raw | None = None) -> bool:
-        """Whether nothing of an attempt is missing, though another leader may have made it; at most one request.
+        """Whether all of an attempt's objects exist, even if another leader created them. At most one request.
 
-        A Job's ConfigMap is made last, and no pod runs without it. A Deployment's Service is, for each attempt anew.
+        A Job's ConfigMap is created last, and no pod runs without it. A Deployment's Service is updated last.
         """
         known = self._whole[workload.run_uid]
         if workload.uid in known:
@@ -135,12 +134,11 @@ class Writer:
         return made
 
     def _has_run(self, workload: Record) -> bool:
-        """Whether a pod of a workload has run."""
         pods = self._cluster.pods.of_run(RunKey(workload.namespace, workload.run))
         return any(pod.owner == workload.uid and pod.phase in ("Running", "Succeeded") for pod in pods)
 
     async def _has(self, address: str, *, owner: str, labels: Mapping[str, str] | None = None) -> bool:
-        """Whether there is an object of an owner, with certain labels."""
+        """Whether the object exists, with this owner and these labels."""
         try:
             meta = (await self._kube.get(address))["metadata"]
         except ApiError as error:
@@ -151,7 +149,7 @@ class Writer:
         return owners == [owner] and (labels or {}).items() <= meta.get("labels", {}).items()
 
     async def _ensure(self, obj: Raw, *, owner: str) -> Raw:
-        """Create an object; one that exists must have the same owner, and is left as it is."""
+        """Create an object. An existing one must have the same owner, and is left unchanged."""
         WRITES.labels(verb="create", kind=obj["kind"]).inc()
         collection = path(obj["kind"], namespace=obj["metadata"]["namespace"])
         try:
@@ -161,11 +159,11 @@ class Writer:
                 raise
         existing = await self._check_owner(obj, owner=owner)
         if existing is None:
-            raise Retry(f"{obj['kind']} {obj['metadata']['name']} was deleted while it was looked at")
+            raise Retry(f"{obj['kind']} {obj['metadata']['name']} was deleted during the check")
         return existing
 
     async def _check_owner(self, obj: Raw, *, owner: str) -> Raw | None:
-        """The object as it exists, if it does; never somebody else's, nor one that is about to go."""
+        """The object as stored, or None. Refuses one that has another owner or is being deleted."""
         try:
             existing = await self._kube.get(path_of(obj))
         except ApiError as error:
@@ -175,7 +173,7 @@ class Writer:
         meta = existing["metadata"]
         what = f"{obj['kind']} {meta['namespace']}/{meta['name']}"
         if [o["uid"] for o in meta.get("ownerReferences", [])] != [owner]:
-            raise NameTaken(f"{what} exists and is not this run's; delete it, or choose another name for the run")
+            raise NameTaken(f"{what} exists and is not this run's; delete it, or rename the run")
         if "deletionTimestamp" in meta:
             raise Retry(f"{what} is being deleted")
         return {"kind": obj["kind"], "apiVersion": obj["apiVersion"], **existing}
@@ -185,7 +183,7 @@ class Writer:
         return await self._kube.apply(obj)
 
     async def stop(self, key: RunKey, attempt: AttemptKey, *, run_uid: str) -> None:
-        """Delete an attempt's workload: its pods are told to save and exit, and everything else of it goes too."""
+        """Delete an attempt's workload, and with it everything it owns. Its pods get SIGTERM, save and exit."""
         for kind, cache in (("Job", self._cluster.jobs), ("Deployment", self._cluster.deployments)):
             for known in cache.of_run(key):
                 named = (known.stage, known.attempt) == (attempt.stage, attempt.number)
@@ -195,10 +193,10 @@ class Writer:
                     await self._kube.delete(path(kind, namespace=key.namespace, name=known.name), uid=known.uid)
 
     async def write_status(self, raw: Raw, status: dict[str, Any]) -> None:
-        """Replace what the operator said of a run, if the run is still as it was looked at.
+        """Write a run's status, provided the run has not changed since it was read.
 
         Raises:
-            Retry: it has changed, is gone, or another one has its name now; ``runs`` has what is there instead.
+            Retry: the run changed, is gone, or was recreated; ``runs`` now holds what is there.
         """
         meta = {k: raw["metadata"][k] for k in ("name", "namespace", "uid", "resourceVersion")}
         body = {"apiVersion": API_VERSION, "kind": "TrainingRun", "metadata": meta, "status": status}
@@ -209,11 +207,11 @@ class Writer:
             if error.status not in (404, 409):
                 raise
             await self._look_again(raw)
-            raise Retry(f"the run changed while it was looked at: {error.message}") from error
+            raise Retry(f"the run changed during the reconcile: {error.message}") from error
         self._runs.put(answer)
 
     async def _look_again(self, raw: Raw) -> None:
-        """Put what there is of a run now into ``runs``."""
+        """Refresh a run in ``runs`` from the API server."""
         try:
             self._runs.put(await self._kube.get(path_of({"kind": "TrainingRun", **raw})))
         except ApiError as error:
@@ -222,7 +220,7 @@ class Writer:
             self._runs.drop(key_of(raw), uid=uid_of(raw), version=version_of(raw))
 
     async def post_event(self, raw: Raw, event: Event) -> None:
-        """Tell people about a transition."""
+        """Post an Event about a run."""
         meta, now = raw["metadata"], datetime.now(UTC)
         about = {"apiVersion": API_VERSION, "kind": "TrainingRun"}
         about |= {k: meta[k] for k in ("name", "namespace", "uid", "resourceVersion")}
@@ -244,16 +242,16 @@ class Writer:
 
 
 class StatusChange(Enum):
-    """How a status differs from the one that is stored."""
+    """How a wanted status differs from the stored one."""
 
     NONE = auto()
     PROGRESS = auto()
-    """In nothing but figures of progress."""
+    """Only in progress columns."""
     STATE = auto()
 
 
 def status_change(stored: dict[str, Any], wanted: dict[str, Any]) -> StatusChange:
-    """How the status that is wanted differs from the one that is stored."""
+    """Compare a wanted status with the stored one."""
     changed = {k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)}
     if not changed:
         return StatusChange.NONE
@@ -261,7 +259,7 @@ def status_change(stored: dict[str, Any], wanted: dict[str, Any]) -> StatusChang
 
 
 def _owned(obj: Raw, *, by: Raw, as_stored: Raw) -> Raw:
-    """An object with an ownerReference to a workload, which the API server answers with, but for its apiVersion."""
+    """``obj`` with an ownerReference to the stored workload. The API server's answers may lack kind and apiVersion."""
     return owned(obj, by={**as_stored, "kind": by["kind"], "apiVersion": by["apiVersion"]})
 
 

@@ -1,7 +1,7 @@
-"""What Kubernetes' records say of a run's attempts. Pure.
+"""A run's attempts, from records of its Kubernetes objects. Pure.
 
-In: the records of a run's Jobs, Deployments and pods. Out: ``Attempt`` values for the planner. A pod belongs to the Job
-or Deployment that made it, which its owner tells: labels are copied, as ``kubectl debug --keep-labels`` does.
+In: records of Jobs, Deployments and pods. Out: ``Attempt`` values for the planner. A pod belongs to the Job or
+Deployment that owns it; labels prove nothing, since ``kubectl debug --keep-labels`` copies them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,9 +16,9 @@ from headrace_operator.brain.endings import explain_failure, explain_success
 from headrace_operator.brain.observed import Attempt, AttemptState, Held
 
 LOST_AFTER = timedelta(seconds=30)
-"""A pod that outlives the grace period of its deletion by this much is on a node that does not answer."""
+"""A pod that outlives its deletion grace period by this much is on an unreachable node."""
 _SERVICE_RESTARTS = 3
-"""Restarts of a server after which bad configuration is believed to be that."""
+"""Restarts after which a server's configuration error is believed."""
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class Parts:
     stage: str
     number: int
     uid: str
-    """Of its Job or Deployment; empty for the pods of a Deployment that is gone, or at another attempt by now."""
+    """uid of its Job or Deployment; empty for pods whose Deployment is gone or already at another attempt."""
     job: JobRecord | None = None
     deployment: DeploymentRecord | None = None
     pods: list[PodRecord] = field(default_factory=list)
@@ -46,12 +46,12 @@ def attempts_of(
     """The attempts of a run.
 
     Args:
-        jobs: that carry its name.
-        deployments: that do.
-        pods: that do.
-        report: the newest report of a stage's attempt.
-        run_uid: objects of an earlier run of the same name are not its, nor are those that something else owns.
-        now: the time.
+        jobs: the Jobs labelled with its name.
+        deployments: the Deployments, likewise.
+        pods: the pods, likewise.
+        report: looks up the newest report of a stage's attempt.
+        run_uid: excludes objects of an earlier run of the same name, and objects owned by anything else.
+        now: the current time.
     """
     parts = _sorted_out(tuple(jobs), tuple(deployments), pods, run_uid=run_uid)
     found = (_attempt(p, report(p.stage, p.number), now=now) for p in parts)
@@ -61,7 +61,7 @@ def attempts_of(
 def _sorted_out(
     jobs: Sequence[JobRecord], deployments: Sequence[DeploymentRecord], pods: Iterable[PodRecord], *, run_uid: str
 ) -> Iterator[Parts]:
-    """Each pod with the Job or Deployment that made it."""
+    """Group the objects by attempt: each pod with the workload that owns it."""
     found: dict[tuple[str, int, str], Parts] = {}
 
     def of(record: JobRecord | DeploymentRecord | PodRecord, uid: str) -> Parts:
@@ -87,7 +87,7 @@ def _sorted_out(
 
 
 def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt | None:
-    """One attempt; None where only the remains of a lost pod are left."""
+    """One attempt; None if only a lost pod remains of it."""
     job, deployment, pods = parts.job, parts.deployment, parts.pods
     live = [pod for pod in pods if not pod.ended and not is_lost(pod, now=now)]
     if deployment is not None:
@@ -115,10 +115,10 @@ def _attempt(parts: Parts, report: Progress | None, *, now: datetime) -> Attempt
 
 
 def missing(job: JobRecord, pods: Sequence[PodRecord]) -> str:
-    """What is missing before all of a Job's pods run; only its events say why pods are not made."""
+    """What is missing until all of a Job's pods run. Why pods were not created is only in the Job's events."""
     exist = len({pod.index for pod in pods})
     if exist < job.size:
-        return f"{exist} of {job.size} pods exist; `kubectl describe job {job.name}` says what the others wait for"
+        return f"{exist} of {job.size} pods exist; see `kubectl describe job {job.name}`"
     return f"{_running(pods)} of {job.size} pods run"
 
 
@@ -127,25 +127,25 @@ def _running(pods: Sequence[PodRecord]) -> int:
 
 
 def held(pods: Sequence[PodRecord]) -> Held | None:
-    """What holds an attempt back: rather a pod that may never start than one that waits for a node."""
+    """What holds an attempt back. A pod that may never start outranks one that waits for a node."""
     found = [pod.held for pod in sorted(pods, key=lambda p: p.index) if pod.held is not None]
     return min(found, key=lambda h: h.since is None, default=None)
 
 
 def is_lost(pod: PodRecord, *, now: datetime) -> bool:
-    """Whether a pod was to be gone by now, and nobody can say whether it is."""
+    """Whether a pod is overdue for deletion, so that its true state is unknown."""
     return pod.deletion_deadline is not None and now > pod.deletion_deadline + LOST_AFTER
 
 
 def job_state(
     job: JobRecord | None, pods: Sequence[PodRecord], live: Sequence[PodRecord]
 ) -> tuple[AttemptState, Outcome | None]:
-    """Where a task's or a gang's attempt is.
+    """The state of a Job's attempt.
 
     Args:
-        job: its Job; None once that is deleted.
-        pods: its pods that still have an object.
-        live: those of them that may still do something.
+        job: the Job; None once deleted.
+        pods: its pods that still exist in the API.
+        live: those that may still be running.
     """
     removed = job is None or job.deletion_deadline is not None
     failing = (job is not None and job.failed) or any(pod.phase == "Failed" for pod in pods)
@@ -163,20 +163,20 @@ def job_state(
 
 
 def is_gone(pod: PodRecord) -> bool:
-    """Whether a pod was deleted before it ended: all such pods that are not live are lost ones."""
+    """Whether a pod is being deleted without having ended. If it is not live either, it is lost."""
     return pod.deletion_deadline is not None and not pod.ended
 
 
 def is_serving(deployment: DeploymentRecord) -> bool:
-    """Whether the servers of its newest attempt answer, and no older ones instead of them."""
+    """Whether the newest attempt's servers are available and no older ones remain."""
     return deployment.available_since is not None and deployment.updated > 0 and deployment.old <= 0
 
 
 def service_state(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> tuple[AttemptState, Outcome | None]:
-    """Where a service's attempt is.
+    """The state of a Deployment's attempt.
 
-    It fails if its server says that it never can start, or goes on crashing past the Deployment's deadline. One that is
-    only slow, because no node has room or its model is large, is waited for.
+    It fails if its server reports a configuration error or crash-loops past the Deployment's progress deadline. A slow
+    start (no room on any node, a large model) is waited for.
     """
     if deployment.deletion_deadline is not None:
         return AttemptState.STOPPING, None
@@ -202,12 +202,12 @@ def _held_service(deployment: DeploymentRecord, pods: Sequence[PodRecord]) -> He
 
 
 def _missing_servers(deployment: DeploymentRecord) -> str:
-    made = f"{deployment.updated} of {deployment.size} servers are made"
-    return f"{made}; meanwhile {deployment.old} of an earlier attempt answer" if deployment.old > 0 else made
+    made = f"{deployment.updated} of {deployment.size} servers created"
+    return f"{made}; {deployment.old} of an earlier attempt still running" if deployment.old > 0 else made
 
 
 def _service_report(deployment: DeploymentRecord, report: Progress | None) -> Progress | None:
-    """A service has an endpoint while its own servers answer, whatever its pods report."""
+    """The report, with an endpoint exactly while the attempt's own servers are available."""
     if deployment.available_since is None or not is_serving(deployment):
         return report.model_copy(update={"endpoint": None}) if report is not None else None
     address = f"http://{deployment.name}.{deployment.namespace}.svc:{deployment.port}"

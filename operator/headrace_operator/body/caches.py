@@ -1,6 +1,6 @@
-"""What the cluster shows of a run's attempts: caches of records in, ``Observed`` out.
+"""Caches of records in, ``Observed`` out. No I/O.
 
-``watch`` fills the caches, ``apply`` adds what it has just written, ``reconcile`` asks. No I/O here.
+``watch`` fills the caches, ``apply`` adds what it has just written, ``reconcile`` reads them.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True, order=True, slots=True)
 class RunKey:
-    """The name of a run."""
+    """Namespace and name of a run."""
 
     namespace: str
     name: str
@@ -30,7 +30,7 @@ class RunKey:
 
 
 class Cache(Generic[R]):
-    """The newest record of every object of one kind, by run."""
+    """The newest record of every object of one kind, indexed by run."""
 
     def __init__(self) -> None:
         self._store: Store[tuple[str, str], R] = Store()
@@ -40,7 +40,7 @@ class Cache(Generic[R]):
         return len(self._store)
 
     def put(self, record: R) -> bool:
-        """Remember a record; False if it is no news, as when a watch lags behind one's own writes."""
+        """Store a record; False if it is stale, as when a watch lags behind our own writes."""
         name = (record.namespace, record.name)
         before = self._store.get(name)
         if not self._store.put(name, Entry(uid=record.uid, version=record.version, value=record)):
@@ -51,20 +51,18 @@ class Cache(Generic[R]):
         return True
 
     def drop(self, namespace: str, name: str, *, uid: str, version: int) -> RunKey | None:
-        """Forget an object as of a version; returns the run that it belonged to."""
+        """Drop an object as of a version; returns the run it belonged to."""
         dropped = self._store.drop((namespace, name), uid=uid, version=version)
         return self._unlist(dropped) if dropped is not None else None
 
     def keep_only(self, uids: Set[str], *, version: int) -> list[RunKey]:
-        """Forget what a fresh list of a version does not have; returns the runs that it belonged to."""
+        """Drop what a list of that version does not contain; returns the runs affected."""
         return [self._unlist(record) for _, record in self._store.keep_only(uids, version=version)]
 
     def get(self, namespace: str, name: str) -> R | None:
-        """One object's record."""
         return self._store.get((namespace, name))
 
     def of_run(self, key: RunKey) -> tuple[R, ...]:
-        """The records of a run's objects."""
         return tuple(self._by_run[key].values()) if key in self._by_run else ()
 
     def _unlist(self, record: R) -> RunKey:
@@ -81,13 +79,13 @@ def _run_of(record: Record) -> RunKey:
 
 
 class ProgressBook:
-    """The newest report of each attempt, by the uid of its run. Lost with the process: the next report comes soon."""
+    """The newest report of each attempt, by run uid. Not persisted: the next report comes soon."""
 
     def __init__(self) -> None:
         self._reports: dict[str, dict[tuple[str, int], Progress]] = defaultdict(dict)
 
     def put(self, run_uid: str, report: Progress) -> bool:
-        """Remember a report, and forget older attempts of its stage; whether more than figures has changed."""
+        """Store a report and drop those of older attempts. Returns whether more than numbers changed."""
         reports = self._reports[run_uid]
         known = reports.get((report.stage, report.attempt))
         if known is None:
@@ -97,55 +95,48 @@ class ProgressBook:
         return known is None or _matters(known) != _matters(report)
 
     def get(self, run_uid: str, stage: str, attempt: int) -> Progress | None:
-        """The newest report of an attempt."""
         return self._reports[run_uid].get((stage, attempt)) if run_uid in self._reports else None
 
     def of_run(self, run_uid: str) -> tuple[Progress, ...]:
-        """The reports of a run."""
         return tuple(self._reports[run_uid].values()) if run_uid in self._reports else ()
 
     def forget(self, run_uid: str) -> None:
-        """Forget a run."""
         self._reports.pop(run_uid, None)
 
     def clear(self) -> None:
-        """Forget everything."""
         self._reports.clear()
 
 
 def _matters(report: Progress) -> tuple[object, ...]:
-    """What of a report a decision or a condition may depend on."""
+    """The parts of a report that decisions or conditions depend on."""
     return report.phase, report.endpoint, report.checkpoint
 
 
 class RefusalBook:
-    """Why attempts could not be started, by the uid of their run. Lost with the process: the next one tries for itself."""
+    """Why starts were refused, by run uid. Not persisted: a new leader finds out by trying."""
 
     def __init__(self) -> None:
         self._refusals: dict[str, dict[str, Refusal]] = {}
 
     def put(self, run_uid: str, refusal: Refusal) -> bool:
-        """Remember a refusal, for each stage the newest; whether it is another one than before."""
+        """Store the newest refusal of a stage. Returns whether it is a new attempt or a new reason."""
         of_run = self._refusals.setdefault(run_uid, {})
         known, of_run[refusal.stage] = of_run.get(refusal.stage), refusal
         return known is None or (known.number, known.outcome.reason) != (refusal.number, refusal.outcome.reason)
 
     def of_run(self, run_uid: str) -> tuple[Refusal, ...]:
-        """The refusals of a run."""
         return tuple(self._refusals.get(run_uid, {}).values())
 
     def forget(self, run_uid: str) -> None:
-        """Forget a run."""
         self._refusals.pop(run_uid, None)
 
     def clear(self) -> None:
-        """Forget everything."""
         self._refusals.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Everything known of all runs' children."""
+    """Everything known about the runs' children."""
 
     jobs: Cache[JobRecord] = field(default_factory=Cache)
     deployments: Cache[DeploymentRecord] = field(default_factory=Cache)
@@ -154,7 +145,7 @@ class Cluster:
     refusals: RefusalBook = field(default_factory=RefusalBook)
 
     def observe(self, key: RunKey, *, run_uid: str, now: datetime) -> Observed:
-        """The attempts of a run; objects of an earlier run of the same name are not its."""
+        """The attempts of a run, without those of an earlier run of the same name."""
         attempts = attempts_of(
             jobs=self.jobs.of_run(key),
             deployments=self.deployments.of_run(key),
@@ -166,7 +157,7 @@ class Cluster:
         return Observed(now=now, attempts=attempts, refusals=self.refusals.of_run(run_uid))
 
     def seconds_to_loss(self, key: RunKey, *, now: datetime) -> float | None:
-        """When the next pod that will not end is to be given up; nothing else would wake the run for it."""
+        """Seconds until the next stuck pod counts as lost; nothing else would wake the run for it."""
         waits = [
             (pod.deletion_deadline + LOST_AFTER - now).total_seconds()
             for pod in self.pods.of_run(key)

@@ -1,7 +1,7 @@
-"""A thin JSON client of the API server: dicts in, dicts out.
+"""A thin JSON client for the API server: dicts in, dicts out.
 
-In: a kubeconfig or a pod's service account, read by the official client, which also renews tokens. Out: ``request``,
-``apply`` and ``watch``. Nothing is parsed into the official client's models, which costs several times the CPU.
+In: a kubeconfig or a pod's service account, loaded by the official client, which also renews tokens. Out: ``request``,
+``apply`` and ``watch``. The official client's models are skipped: parsing into them costs several times the CPU.
 """
 
 import json
@@ -22,11 +22,11 @@ FIELD_MANAGER = "headrace"
 _APPLY = "application/apply-patch+yaml"
 _CONNECT_SECONDS = 5.0
 _SILENCE_SECONDS = 10.0
-"""A request on which the server says nothing for so long is given up, and its connection with it."""
+"""A request is abandoned, with its connection, once the server has been silent for this long."""
 _REQUEST_SECONDS = 30.0
 _IDLE_SECONDS = 5.0
-"""How long an idle connection is kept: less than ``_SILENCE_SECONDS``, so that where all connections have gone silent at
-once, whatever is tried again is tried on a new one."""
+"""How long an idle connection is kept. Shorter than ``_SILENCE_SECONDS``: when all connections go silent at once, a
+retry opens a new one."""
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 RESOURCES: dict[str, tuple[str, str]] = {
@@ -46,12 +46,12 @@ RESOURCES: dict[str, tuple[str, str]] = {
 
 @dataclass
 class ApiError(Exception):
-    """The API server refused.
+    """An error answer from the API server.
 
     Attributes:
         status: the HTTP status.
-        reason: Kubernetes' word for it, as NotFound.
-        message: what the server says to people.
+        reason: the machine-readable reason, such as NotFound.
+        message: the human-readable message.
     """
 
     status: int
@@ -63,7 +63,7 @@ class ApiError(Exception):
 
     @classmethod
     def from_body(cls, status: int, body: bytes) -> "ApiError":
-        """The error in a Status object, or in whatever a proxy answered instead."""
+        """Parse a Status object, or whatever a proxy sent instead."""
         try:
             said = json.loads(body)
         except ValueError:
@@ -74,7 +74,7 @@ class ApiError(Exception):
 
 
 def words(error: BaseException) -> str:
-    """What an error says; its name where it says nothing."""
+    """The error's message, or its type if it has none."""
     return str(error) or type(error).__name__
 
 
@@ -86,32 +86,32 @@ def _client(configuration: client.Configuration, *, pool_size: int) -> client.Ap
 
 
 def path(kind: str, *, namespace: str | None = None, name: str | None = None, subresource: str | None = None) -> str:
-    """The address of a collection, an object or a part of one."""
+    """The URL path of a collection, object or subresource."""
     prefix, plural = RESOURCES[kind]
     parts = ["", prefix, *(["namespaces", namespace] if namespace else []), plural, name, subresource]
     return "/".join(p for p in parts if p is not None)
 
 
 def path_of(obj: Raw, *, subresource: str | None = None) -> str:
-    """The address of an object."""
+    """The URL path of an object."""
     meta = obj["metadata"]
     return path(obj["kind"], namespace=meta.get("namespace"), name=meta["name"], subresource=subresource)
 
 
 def version_of(obj: Raw) -> int:
-    """The resourceVersion as a number: Kubernetes 1.35 says that they compare, and etcd's always did."""
+    """resourceVersion as a number. Comparable: Kubernetes 1.35 promises it, and with etcd it always was."""
     return int(obj["metadata"].get("resourceVersion", 0))
 
 
 class _Connections(RESTClientObject):
-    """The official client's connections, kept idle for less long than it would."""
+    """The official client's connection pool, with a shorter idle timeout."""
 
     def _create_connector(self) -> aiohttp.TCPConnector:
         return aiohttp.TCPConnector(limit=self.maxsize, ssl=self.ssl_context, keepalive_timeout=_IDLE_SECONDS)
 
 
 class NotLeading(Exception):
-    """A change that only the leader may make."""
+    """Raised when a replica that does not lead tries to change the cluster."""
 
 
 class Kube:
@@ -119,7 +119,7 @@ class Kube:
 
     Args:
         api: the official client.
-        may_change: asked before every request but GET.
+        may_change: consulted before every request except GET.
     """
 
     def __init__(self, api: client.ApiClient, *, may_change: Callable[[], bool] = lambda: True) -> None:
@@ -127,7 +127,7 @@ class Kube:
 
     @classmethod
     async def connect(cls, *, kubeconfig: Path | None = None, pool_size: int = 32) -> "Kube":
-        """Connect as a pod's service account, or else as the kubeconfig's user."""
+        """Connect as the pod's service account, or else as the kubeconfig's user."""
         configuration = client.Configuration()
         if kubeconfig is None and os.environ.get("KUBERNETES_SERVICE_HOST") and _SERVICE_ACCOUNT.exists():
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
@@ -137,26 +137,25 @@ class Kube:
         return cls(_client(configuration, pool_size=pool_size))
 
     def apart(self, *, pool_size: int) -> "Kube":
-        """A pool of its own to the same API server, for what must not wait for a connection."""
+        """A separate connection pool to the same API server, for requests that must not queue behind others."""
         return Kube(_client(self.configuration, pool_size=pool_size))
 
     def fenced(self, may_change: Callable[[], bool]) -> "Kube":
-        """The same pool, for one who may change the cluster only while ``may_change`` says so."""
+        """The same pool, but changes are refused unless ``may_change`` allows them."""
         return Kube(self._api, may_change=may_change)
 
     @property
     def configuration(self) -> client.Configuration:
-        """Where the API server is, and the files that identify this client."""
+        """The API server's address and this client's credentials."""
         configuration = self._api.configuration
         assert isinstance(configuration, client.Configuration)
         return configuration
 
     async def authorization(self) -> str:
-        """The Authorization header, as ``Bearer ...``; empty where a certificate identifies this client."""
+        """The Authorization header (``Bearer ...``); empty if the client uses a certificate."""
         return await self._api.configuration.get_api_key_with_prefix("BearerToken", alias="authorization") or ""
 
     async def close(self) -> None:
-        """Close all connections."""
         await self._api.close()  # type: ignore[no-untyped-call]
 
     async def request(
@@ -168,12 +167,12 @@ class Kube:
         query: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> Raw:
-        """One request.
+        """Send one request.
 
         Raises:
-            ApiError: the server answered with an error, or something between it and us did.
-            aiohttp.ClientError, TimeoutError: it did not answer.
-            NotLeading: this one may not change the cluster any more.
+            ApiError: the server, or a proxy in between, answered with an error.
+            aiohttp.ClientError, TimeoutError: no answer.
+            NotLeading: this replica may not change the cluster.
         """
         timeout = aiohttp.ClientTimeout(
             total=_REQUEST_SECONDS, sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS
@@ -191,17 +190,17 @@ class Kube:
         return parsed
 
     async def get(self, address: str, **query: str) -> Raw:
-        """The object or list at an address."""
+        """Fetch an object or list."""
         return await self.request("GET", address, query=query)
 
     async def apply(self, obj: Raw, *, subresource: str | None = None) -> Raw:
-        """Server-side apply: make the fields of ``obj`` true, take away those that an earlier apply set and this does not."""
+        """Server-side apply: set the fields of ``obj``; remove those that only an earlier apply set."""
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         address = path_of(obj, subresource=subresource)
         return await self.request("PATCH", address, body=obj, query=query, content_type=_APPLY)
 
     async def delete(self, address: str, *, uid: str) -> bool:
-        """Delete an object and, in the background, what it owns; False if it was gone, or another has its name."""
+        """Delete an object, and what it owns in the background. False if it is gone or its name belongs to another."""
         only = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         try:
             await self.request("DELETE", address, body={"apiVersion": "v1", "kind": "DeleteOptions", **only})
@@ -212,7 +211,7 @@ class Kube:
         return True
 
     async def pages(self, address: str, *, query: Mapping[str, str], size: int = 500) -> AsyncIterator[Raw]:
-        """A list, page by page."""
+        """List, page by page."""
         token = ""
         while True:
             wanted = {**query, "limit": str(size), **({"continue": token} if token else {})}
@@ -225,18 +224,18 @@ class Kube:
     async def watch(
         self, address: str, *, query: Mapping[str, str], version: str, seconds: float, silence_seconds: float = 5.0
     ) -> AsyncIterator[Raw]:
-        """Watch events after ``version``, bookmarks among them.
+        """Stream watch events after ``version``, bookmarks included.
 
         Args:
-            address: of a collection.
+            address: of the collection.
             query: selectors.
-            version: the resourceVersion of the last event that is known.
-            seconds: after how long the server ends the stream.
-            silence_seconds: how much longer than that it may say nothing.
+            version: resourceVersion of the last known event.
+            seconds: when the server ends the stream.
+            silence_seconds: how long past that the connection may stay open.
 
         Raises:
-            ApiError: the server refused, or sent an ERROR event; 410 means that ``version`` is too old.
-            aiohttp.ClientError, TimeoutError: the connection broke, or fell silent.
+            ApiError: the server refused or sent an ERROR event; 410 means that ``version`` is too old.
+            aiohttp.ClientError, TimeoutError: the connection broke or went silent.
         """
         wanted = {**query, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version}
         wanted["timeoutSeconds"] = str(round(seconds))
@@ -273,5 +272,5 @@ class Kube:
             auth_settings=["BearerToken"],
         )
         if method != "GET" and not self._may_change():
-            raise NotLeading(f"{method} {address}: this replica does not lead any more")
+            raise NotLeading(f"{method} {address}: this replica no longer leads")
         return await self._api.call_api(method, url, header_params=headers, body=body, _request_timeout=timeout)

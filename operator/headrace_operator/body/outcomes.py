@@ -1,6 +1,6 @@
-"""What Kubernetes says of ends and refusals, in the planner's words. Pure.
+"""Translate Kubernetes' exit states and refusals into the planner's terms. Pure.
 
-In: records of pods, errors of the API server. Out: ``Outcome`` and ``End`` values, among which the planner's room chooses.
+In: pod records and API errors. Out: ``Outcome`` and ``End`` values for the planner to choose from.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from headrace_operator.body.records import PodRecord
 from headrace_operator.brain.endings import End
 
 _NEVER_MAY = frozenset({400, 403, 413, 422})
-"""HTTP statuses of a server that has understood, and will say the same again."""
+"""HTTP statuses that the same request would get again."""
 
 
 def last_words(pod: PodRecord) -> Outcome | None:
-    """What a pod says of its end; None while it has not ended."""
+    """The pod's outcome: its termination message, else its exit code or disruption. None while it has not ended."""
     try:
         said = Outcome.model_validate_json(pod.last_words) if pod.last_words else None
     except ValidationError:
@@ -30,7 +30,7 @@ def last_words(pod: PodRecord) -> Outcome | None:
 
 
 def ends_of(pods: Iterable[PodRecord]) -> list[End]:
-    """How those pods ended that have."""
+    """How the pods ended, for those that have."""
     return [
         End(outcome=outcome, index=pod.index, at=pod.finished_at, taken=bool(pod.disruption))
         for pod in pods
@@ -39,14 +39,14 @@ def ends_of(pods: Iterable[PodRecord]) -> list[End]:
 
 
 class NameTaken(Retry):
-    """An object of that name exists, and is somebody else's."""
+    """An object of that name exists and has another owner."""
 
 
 def refusal_of(error: ApiError | Retry) -> Outcome | None:
-    """What it means that an attempt's object was refused; None if the same request may be taken the next time.
+    """What a refused start means for the attempt; None if a plain retry may succeed.
 
-    A quota is waited for, and so is a name that is taken, and the operator's own permission, which is no fault of the
-    run's. What admission or validation refuses is a failure of the attempt.
+    Quota, a taken name and missing operator permissions are waited for: none is the run's fault. A rejection by
+    admission or validation fails the attempt.
     """
     if isinstance(error, NameTaken):
         return Outcome(fault=FaultClass.CAPACITY, reason="NameTaken", message=str(error))

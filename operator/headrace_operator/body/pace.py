@@ -1,20 +1,19 @@
-"""When progress is written to statuses: at most every so often for a run, and at most so often for all runs together.
+"""Rate limit for status writes that carry only progress: per run, and over all runs together.
 
-Few runs have columns that are ten seconds old; thousands have older ones, and the API server is left in peace. Metrics
-are as new as the reports either way. Pure but for nothing: the caller brings the time.
+With few runs the columns are at most ten seconds old; with thousands they get older, to spare the API server. Metrics
+are always as fresh as the reports. Pure: the caller passes the time.
 """
 
 PROGRESS_SECONDS = 10.0
-"""How often a status is written for nothing but progress."""
+"""The shortest interval between a run's progress writes."""
 PROGRESS_WRITES_PER_SECOND = 50.0
 
 
 class Pace:
-    """A turn for each run that has progress to write.
+    """Gives each run with unwritten progress a turn.
 
     Args:
-        now: when nothing was written yet: stands for the last write of what another leader has written, for pods report
-            anew before it is due again.
+        now: stands in for the time of the last write of every run that an earlier leader wrote.
     """
 
     def __init__(self, *, now: float) -> None:
@@ -23,7 +22,7 @@ class Pace:
         self._turns: dict[str, float] = {}
 
     def seconds_to_turn(self, run_uid: str, *, now: float) -> float:
-        """How long a run's progress is still to wait; the first time since its last write, it is given a turn."""
+        """How long a run's progress still has to wait. Assigns a turn on the first call after a write."""
         turn = self._turns.get(run_uid)
         if turn is None:
             self._next_turn = max(self._next_turn + 1 / PROGRESS_WRITES_PER_SECOND, now)
@@ -32,19 +31,19 @@ class Pace:
         return max(0.0, turn - now)
 
     def has_turn(self, run_uid: str) -> bool:
-        """Whether a run waits for its turn already."""
+        """Whether the run is already waiting for its turn."""
         return run_uid in self._turns
 
     def written(self, run_uid: str, *, now: float) -> None:
-        """A run's status was written."""
+        """Note that a run's status was written."""
         self._written[run_uid] = now
         self.nothing_to_write(run_uid)
 
     def nothing_to_write(self, run_uid: str) -> None:
-        """A run's status is what it should be."""
+        """Note that a run's status is up to date."""
         self._turns.pop(run_uid, None)
 
     def forget(self, run_uid: str) -> None:
-        """A run is gone."""
+        """Forget a deleted run."""
         self._written.pop(run_uid, None)
         self.nothing_to_write(run_uid)

@@ -1,7 +1,7 @@
-"""One work queue for all runs: a key waits in it at most once, and is worked on by one worker at a time.
+"""One work queue for all runs. A key is queued at most once and handled by one worker at a time.
 
-In: keys from watches, from the progress endpoint, and from their own deadlines. Out: calls of ``work``. A key that is
-added while it is worked on is worked on again; one whose work raises comes back later, twice as late each time.
+In: keys from watches, the progress endpoint and their own deadlines. Out: calls of ``work``. A key added while it is
+being handled is handled again afterwards; one that fails is retried with exponential back-off.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Retry(Exception):
-    """Work that could not be done now, for a known reason; it comes back after a while."""
+    """Work that cannot be done yet, for a known reason; retried later."""
 
 
 class Deadlines(Generic[K]):
-    """When each key is due; the earliest time of a key counts."""
+    """Deadlines by key; the earliest one set for a key wins."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, K]] = []
@@ -37,24 +37,23 @@ class Deadlines(Generic[K]):
         return len(self._due)
 
     def set(self, key: K, at: float) -> None:
-        """Make a key due at a time, unless it is due earlier."""
+        """Set a key's deadline, unless it has an earlier one."""
         if at < self._due.get(key, float("inf")):
             self._due[key] = at
             self._count += 1
             heapq.heappush(self._heap, (at, self._count, key))
 
     def clear(self, key: K) -> None:
-        """Forget a key."""
         self._due.pop(key, None)
 
     def next(self) -> float | None:
-        """When the first key is due."""
+        """The earliest deadline."""
         while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
     def pop(self, now: float) -> list[K]:
-        """Take the keys that are due."""
+        """Remove and return the keys that are due."""
         due: list[K] = []
         while (at := self.next()) is not None and at <= now:
             due.append(heapq.heappop(self._heap)[2])
@@ -63,10 +62,10 @@ class Deadlines(Generic[K]):
 
 
 class WorkQueue(Generic[K]):
-    """Keys to be worked on.
+    """Keys waiting to be handled.
 
     Args:
-        work: does everything for a key; returns after how many seconds to do it again at the latest, or None.
+        work: handles a key; returns the seconds until it must be handled again, or None.
     """
 
     def __init__(self, work: Callable[[K], Awaitable[float | None]]) -> None:
@@ -84,11 +83,11 @@ class WorkQueue(Generic[K]):
 
     @property
     def num_deadlines(self) -> int:
-        """Keys that come back by themselves."""
+        """Keys with a pending deadline."""
         return len(self._deadlines)
 
     def add(self, key: K) -> None:
-        """Have a key worked on soon."""
+        """Handle a key soon."""
         if key in self._working:
             self._again.add(key)
         elif key not in self._waiting:
@@ -96,7 +95,7 @@ class WorkQueue(Generic[K]):
             self._ready.release()
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Have a key worked on after some time, if nothing brings it back earlier."""
+        """Handle a key after a delay, unless something adds it sooner."""
         self._deadlines.set(key, asyncio.get_running_loop().time() + seconds)
         self._set_timer()
 
@@ -131,14 +130,14 @@ class WorkQueue(Generic[K]):
             self._failures[key] += 1
             seconds = backoff_seconds(self._failures[key], **_WAITS, jitter=random.random())
             unexpected, said = not isinstance(error, Retry), str(error) or type(error).__name__
-            logger.warning("%s: %s; again in %.1f s", key, said, seconds, exc_info=unexpected)
+            logger.warning("%s: %s; retrying in %.1f s", key, said, seconds, exc_info=unexpected)
         else:
             self._failures.pop(key, None)
         if seconds is not None:
             self.add_after(key, seconds)
 
     def _set_timer(self) -> None:
-        """One timer for all deadlines."""
+        """Keep a single timer for all deadlines."""
         at = self._deadlines.next()
         if self._timer is not None:
             if at is not None and not self._timer.cancelled() and self._timer.when() <= at:

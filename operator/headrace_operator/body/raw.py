@@ -1,4 +1,4 @@
-"""What the API server speaks: objects as JSON, not parsed into classes."""
+"""Objects as the API server sends them: JSON, not parsed into classes."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""One look at one run: observe, plan, write the status, stop, start.
+"""One reconcile of one run: observe, plan, write the status, stop, start.
 
-In: a run's key from the queue. Out: when to look again at the latest. ``plan`` decides; ``apply`` writes.
+In: a run's key from the queue. Out: when to reconcile it again at the latest. ``plan`` decides; ``apply`` writes.
 """
 
 import time
@@ -30,30 +30,30 @@ from headrace_operator.brain.plan import Event, Plan, plan
 from headrace_operator.metrics import RECONCILE_ERRORS, RECONCILE_SECONDS
 
 _REFUSED_SECONDS = 1.0
-"""How soon a run is planned again after a start that was refused in another way than before."""
+"""How soon to plan again after a start was refused for a new reason."""
 
 
 @dataclass(kw_only=True)
 class Reconciler:
-    """Makes the cluster what runs ask for."""
+    """Makes the cluster match what the runs ask for."""
 
     runs: Runs
     runtimes: Store[str, Raw]
     cluster: Cluster
     writer: Writer
     progress_url: str | None
-    """Where pods report."""
+    """Where pods post their reports."""
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     pace: Pace = field(default_factory=lambda: Pace(now=time.monotonic()))
     _complaints: dict[RunKey, str] = field(default_factory=dict)
-    """What each run was last told about a start that failed; said once."""
+    """The last start failure posted as an Event for each run, so that it is posted once."""
 
     def seconds_to_progress(self, run_uid: str) -> float | None:
-        """How long a run's progress is to wait; None where it waits already."""
+        """How long a run's progress has to wait; None if it is already waiting."""
         return None if self.pace.has_turn(run_uid) else self.pace.seconds_to_turn(run_uid, now=time.monotonic())
 
     async def __call__(self, key: RunKey) -> float | None:
-        """Look at a run once; returns after how many seconds to look again at the latest."""
+        """Reconcile a run; returns the seconds until it must be reconciled again."""
         with RECONCILE_SECONDS.time():
             try:
                 return await self._reconcile(key)
@@ -70,7 +70,7 @@ class Reconciler:
                 raise
 
     def forget(self, key: RunKey, run_uid: str) -> None:
-        """Forget a run that is gone; another may have its name now."""
+        """Forget a deleted run. Another may have its name by now."""
         self.cluster.refusals.forget(run_uid)
         self.writer.forget(run_uid)
         self.pace.forget(run_uid)
@@ -97,7 +97,7 @@ class Reconciler:
         return _first(decision.requeue_after_seconds, delay, again, self.cluster.seconds_to_loss(key, now=now))
 
     async def _start(self, key: RunKey, raw: Raw, decision: Plan, runtime: TrainingRuntime) -> float | None:
-        """Make attempts exist; returns when to plan again with what was refused, if something was."""
+        """Start attempts; returns when to plan again if a start was refused."""
         for resolved in decision.start:
             try:
                 told = resolved.model_copy(update={"progress_url": self.progress_url})
@@ -126,11 +126,11 @@ class Reconciler:
         status = decision.status.dump()
         if decision.start and runtime is None:
             status["summary"] = "Waiting"
-            status["phaseMessage"] = f"Waiting: there is no TrainingRuntime {runtime_of(raw)}"
+            status["phaseMessage"] = f"Waiting: TrainingRuntime {runtime_of(raw)} not found"
         return status
 
     async def _write(self, raw: Raw, status: dict[str, Any]) -> float | None:
-        """Write a status that is due; returns when it is due if that is later."""
+        """Write a status if it is due; otherwise returns the seconds until it is."""
         uid, now = uid_of(raw), time.monotonic()
         change = status_change(raw.get("status", {}), status)
         if change is StatusChange.NONE:
@@ -143,9 +143,9 @@ class Reconciler:
         return None
 
     async def _refuse(self, raw: Raw, error: ManifestError) -> None:
-        """Say what is wrong with a run, and leave what it may have running as it is.
+        """Report an invalid run, and leave alone whatever it has running.
 
-        A run that is complete was valid once: an operator that has become stricter does not take that back.
+        A complete run was valid once: a stricter operator does not take that back.
         """
         if is_complete(raw):
             return
@@ -156,10 +156,10 @@ class Reconciler:
 
 
 def _parse(raw: Raw, runtime: TrainingRuntime | None) -> TrainingRun:
-    """A run that can be planned, and that fits the GPUs of its runtime where their memory is known.
+    """Parse and validate a run, including its fit on the runtime's GPUs where their memory is known.
 
     Raises:
-        ManifestError: it cannot, though the API server took it.
+        ManifestError: the API server accepted it, but it cannot be planned.
     """
     known: Raw = {k: raw[k] for k in ("apiVersion", "kind", "metadata", "spec", "status") if k in raw}
     run = parse_run(known, body=Body.CLUSTER)
@@ -170,14 +170,14 @@ def _parse(raw: Raw, runtime: TrainingRuntime | None) -> TrainingRun:
 
 
 def is_complete(raw: Raw) -> bool:
-    """Whether a run has finished what its present spec asks for."""
+    """Whether a run has completed its current spec."""
     status = raw.get("status", {})
     done = any(c["type"] == ConditionType.COMPLETE and c["status"] == "True" for c in status.get("conditions", []))
     return done and status.get("observedGeneration") == raw["metadata"].get("generation")
 
 
 def refused_status(raw: Raw, error: ManifestError, *, now: datetime) -> dict[str, Any]:
-    """The status of a run that cannot be planned: what it was, failed, and why."""
+    """The status of an invalid run: its last status, now failed, with the reason."""
     before = raw.get("status", {})
     known = {c["type"]: c for c in before.get("conditions", [])}
     was = known.get(ConditionType.FAILED, {})

@@ -1,6 +1,6 @@
-"""Kubernetes objects cut down to what is read of them: a pod of 10 KB becomes a record of 500 bytes.
+"""Kubernetes objects trimmed to the fields we read: a 10 KB pod becomes a 500-byte record. Pure.
 
-In: JSON from the API server. Out: frozen records for the caches in ``cluster``. Pure.
+In: JSON from the API server. Out: frozen records for ``caches``.
 """
 
 from collections.abc import Iterable
@@ -28,24 +28,24 @@ _TEMPLATE_HASH_LABEL = "pod-template-hash"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What every child of a run says of itself."""
+    """What all children of a run have in common."""
 
     namespace: str
     name: str
     uid: str
     version: int
-    """resourceVersion: a record with a lower one is older."""
+    """resourceVersion. Higher is newer."""
     run: str
     run_uid: str
     stage: str
     attempt: int
     hash: str
     resolved: str
-    """ResolvedStage.digest of what it was made for; empty if another version made it."""
+    """ResolvedStage.digest it was built for; empty if another operator version built it."""
     owner: str
-    """uid of its controller; empty if it has none, and for a pod that neither a Job nor a Deployment made."""
+    """uid of its controller; empty if it has none, and for a pod that neither a Job nor a Deployment created."""
     deletion_deadline: datetime | None
-    """When the grace period of its deletion ends; None while it is not being deleted."""
+    """When its deletion grace period ends; None unless it is being deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +53,12 @@ class JobRecord(Record):
     """The Job of an attempt."""
 
     size: int
-    """Pods that it wants."""
+    """The number of pods it wants."""
     complete: bool
     failed: bool
-    """It has failed, or is about to: it has begun to end its other pods."""
+    """Also true once it is about to fail and has begun to stop its other pods."""
     reason: str
-    """Why it failed, in Kubernetes' word."""
+    """Kubernetes' reason for the failure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,21 +66,21 @@ class DeploymentRecord(Record):
     """The Deployment of a service."""
 
     digest: str
-    """Of what was applied."""
+    """DIGEST_ANNOTATION of what was last applied."""
     asked: int
-    """Replicas that the manifest last asked for."""
+    """Replicas the manifest last asked for."""
     size: int
-    """Replicas that it wants, whoever asked for them."""
+    """Replicas it has been set to, by whomever."""
     updated: int
     """Pods of the newest template."""
     old: int
-    """Pods of older ones, which still answer."""
+    """Pods of older templates, which may still serve."""
     available_since: datetime | None
-    """Since when enough replicas answer, old ones included; None while they do not."""
+    """Since when enough replicas, old ones included, are available; None while they are not."""
     stuck: str
-    """Why the roll-out does not go on, in Kubernetes' words; empty while it does."""
+    """Kubernetes' message about a stalled rollout; empty otherwise."""
     refused: str
-    """Why its pods are not made; empty if they are."""
+    """Why its pods cannot be created; empty otherwise."""
     port: int
 
 
@@ -91,28 +91,27 @@ class PodRecord(Record):
     index: int
     """JOB_COMPLETION_INDEX; 0 for a service's pods."""
     deployment: str
-    """The name of the Deployment whose ReplicaSet made it; empty for the pods of a Job."""
+    """The Deployment whose ReplicaSet owns it; empty for a Job's pods."""
     phase: str
     node: str | None
     disruption: str
-    """What ended it from outside, as PreemptionByScheduler, Evicted or OOMKilled; empty if nothing did."""
+    """What disrupted it from outside, such as PreemptionByScheduler, Evicted or OOMKilled; empty if nothing did."""
     held: Held | None
-    """Why it does not run yet, where Kubernetes says so."""
+    """Why it does not run yet, if Kubernetes says so."""
     exit_code: int | None
-    """The trainer's; of a container that was started again, the one before."""
+    """The trainer container's exit code; after a restart, that of the run before."""
     last_words: str
-    """The termination message that goes with the exit code."""
+    """The termination message that came with the exit code."""
     finished_at: datetime | None
     restarts: int
 
     @property
     def ended(self) -> bool:
-        """Whether none of its containers will run again."""
+        """Whether all of its containers have ended for good."""
         return self.phase in ("Succeeded", "Failed")
 
 
 def job_record(raw: Raw) -> JobRecord:
-    """A Job, cut down."""
     conditions = _true_conditions(raw)
     failure = conditions.get("Failed") or conditions.get("FailureTarget")
     return JobRecord(
@@ -125,7 +124,7 @@ def job_record(raw: Raw) -> JobRecord:
 
 
 def deployment_record(raw: Raw) -> DeploymentRecord:
-    """A Deployment, cut down; a status that is about an older spec says nothing."""
+    """Trim a Deployment. A status that describes an older generation is ignored."""
     status, meta = raw.get("status", {}), raw["metadata"]
     current = status.get("observedGeneration") == meta.get("generation")
     conditions = {c["type"]: c for c in status.get("conditions", [])} if current else {}
@@ -147,7 +146,6 @@ def deployment_record(raw: Raw) -> DeploymentRecord:
 
 
 def pod_record(raw: Raw) -> PodRecord:
-    """A pod, cut down."""
     status = raw.get("status", {})
     container = _trainer(status.get("containerStatuses", []))
     state = container.get("state", {})
@@ -193,7 +191,7 @@ def _controller(meta: Raw) -> Raw:
 
 
 def _deployment_of(meta: Raw) -> str:
-    """A Deployment calls a ReplicaSet after itself and the hash that it labels the pods with."""
+    """The Deployment's name, from its ReplicaSet's: the name, a hyphen and the pod-template-hash."""
     owner, tail = _controller(meta), f"-{meta['labels'].get(_TEMPLATE_HASH_LABEL, '')}"
     named = owner.get("kind") == "ReplicaSet" and owner["name"].endswith(tail)
     return str(owner["name"].removesuffix(tail)) if named else ""
@@ -213,7 +211,7 @@ def _http_port(raw: Raw) -> int:
 
 
 def _disruption(raw: Raw, ended: Raw) -> str:
-    """What Kubernetes says ended the pod; plain exits and its own deletion by a Job are no disruption."""
+    """What disrupted the pod. Plain exits, and deletion by its own Job, are not disruptions."""
     target = _true_conditions(raw).get("DisruptionTarget", {}).get("reason", "")
     said = raw.get("status", {}).get("reason", "") or ended.get("reason", "")
     return target or ("" if said in ("Completed", "Error") else said)
@@ -225,7 +223,7 @@ def _held(raw: Raw, waiting: Raw) -> Held | None:
         return None
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason not in ("", "ContainerCreating", "PodInitializing"):
-        # One that has run can run: the back-off between its restarts is not what holds it.
+        # A container that has run can run again: its restart back-off does not keep it from starting.
         since = None if reason == "CrashLoopBackOff" else _time(status.get("startTime"))
         return Held(reason=reason, message=message, since=since)
     scheduled: Raw = next((c for c in status.get("conditions", []) if c["type"] == "PodScheduled"), {})

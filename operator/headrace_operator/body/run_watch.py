@@ -1,8 +1,8 @@
-"""Where changes of TrainingRuns come in: kopf watches, a list now and then makes true what it may have missed.
+"""Watches TrainingRuns through kopf; periodic lists repair whatever it missed.
 
-kopf's only handler is ``on.event``: no finalizers, no annotations, no timers. It runs in a thread and an event loop of
-its own, because it takes the signals of the main thread, and at its end every task of its loop. It handles each object
-beside the others, so ``take`` depends on no order; when it fails, or is found deaf, it is started again.
+kopf's only handler is ``on.event``: no finalizers, annotations or timers. It runs in its own thread and event loop,
+because it takes over the main thread's signals and, when it ends, cancels every task in its loop. It handles objects
+concurrently, so ``take`` accepts events in any order. It is restarted when it fails or goes deaf.
 """
 
 import asyncio
@@ -28,29 +28,29 @@ logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 10.0
 _HEARING_SECONDS = 5.0
-"""How long after a list kopf may still bring what the list had."""
+"""How long kopf may lag behind a list."""
 _LONG_SECONDS = 60.0
-"""A watch that lasted so long was a good one: the next is begun without delay."""
+"""A watch that lasted this long was healthy: the back-off starts over."""
 
 
 class Deaf(Exception):
-    """kopf has missed a change."""
+    """kopf missed a change."""
 
 
 @dataclass(kw_only=True)
 class RunWatch:
-    """Keeps ``Runs`` equal to the TrainingRuns that the API server has."""
+    """Keeps ``Runs`` in sync with the API server's TrainingRuns."""
 
     kube: Kube
     runs: Runs
     notify: Callable[[RunKey], None]
     forget: Callable[[RunKey, str], None]
-    """Takes the name and the uid of a run that is gone."""
+    """Called with the key and uid of a deleted run."""
     identity: str
     first_check_seconds: float = 15.0
     check_seconds: float = 300.0
     _heard: int = 0
-    """The highest resourceVersion that kopf has brought."""
+    """The highest resourceVersion kopf has delivered."""
 
     async def run(self) -> None:
         """Watch for ever."""
@@ -62,7 +62,7 @@ class RunWatch:
             WATCH_FAILURES.labels(kind="TrainingRun").inc()
             failures = 1 if loop.time() - began > _LONG_SECONDS else failures + 1
             pause = pause_seconds(failures)
-            logger.warning("watching TrainingRuns: %s: %s; again in %.1f s", type(trouble).__name__, trouble, pause)
+            logger.warning("watching TrainingRuns: %s: %s; retrying in %.1f s", type(trouble).__name__, trouble, pause)
             await asyncio.sleep(pause)
 
     async def _watch_until_it_fails(self) -> BaseException | None:
@@ -76,7 +76,7 @@ class RunWatch:
         return done.pop().exception()
 
     def take(self, event: Any) -> None:
-        """Take one change; those of different objects may come in any order."""
+        """Take one event. Events of different objects may come in any order."""
         raw = event["object"]
         key, uid = key_of(raw), uid_of(raw)
         WATCH_EVENTS.labels(kind="TrainingRun").inc()
@@ -88,7 +88,7 @@ class RunWatch:
             self.notify(key)
 
     async def resync(self) -> int:
-        """Make the runs what a fresh list says; returns the highest resourceVersion that was news."""
+        """Replace the runs with a fresh list; returns the highest resourceVersion that was new."""
         uids, version, newest = set[str](), 0, 0
         async for page in self.kube.pages(path("TrainingRun"), query={}):
             for raw in page["items"]:
@@ -97,13 +97,13 @@ class RunWatch:
                     newest = max(newest, version_of(raw))
                     self.notify(key_of(raw))
             version = int(page["metadata"]["resourceVersion"])
-            await asyncio.sleep(0)  # a page is some milliseconds of work; others get their turn
+            await asyncio.sleep(0)  # a page takes milliseconds to process; let other tasks run
         for raw in self.runs.keep_only(uids, version=version):
             self.forget(key_of(raw), uid_of(raw))
         return newest
 
     async def resync_surely(self) -> None:
-        """``resync``, as often as it takes."""
+        """Retry ``resync`` until it succeeds."""
         while True:
             try:
                 await self.resync()
@@ -113,10 +113,10 @@ class RunWatch:
                 await asyncio.sleep(pause_seconds(1))
 
     async def _check(self) -> None:
-        """List now and then: kopf says nothing of what was deleted while it did not watch, nor that it has gone deaf.
+        """List periodically: kopf reports neither deletions from before its watch, nor that it has gone deaf.
 
         Raises:
-            Deaf: kopf has not brought what a list had.
+            Deaf: kopf did not deliver a change that a list shows.
         """
         wait = self.first_check_seconds
         while True:
@@ -130,11 +130,10 @@ class RunWatch:
             if newest > self._heard:
                 await asyncio.sleep(_HEARING_SECONDS)
             if newest > self._heard:
-                raise Deaf(f"kopf has brought nothing since version {self._heard}; the API server is at {newest}")
+                raise Deaf(f"kopf delivered nothing since version {self._heard}; the API server is at {newest}")
             wait = self.check_seconds
 
     async def _kopf(self) -> None:
-        """Run kopf until it fails."""
         main = asyncio.get_running_loop()
 
         def tell(event: Any) -> None:
@@ -144,11 +143,11 @@ class RunWatch:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_connection(self.kube), main))
 
         await _Thread(_registry(log_in, tell), identity=self.identity).run()
-        raise RuntimeError("kopf has ended")
+        raise RuntimeError("kopf exited")
 
 
 class _Thread:
-    """kopf in a thread and an event loop of its own."""
+    """kopf in its own thread and event loop."""
 
     def __init__(self, registry: kopf.OperatorRegistry, *, identity: str) -> None:
         self._registry, self._identity = registry, identity
@@ -156,7 +155,7 @@ class _Thread:
         self._ended: Future[None] = Future()
 
     async def run(self) -> None:
-        """Run kopf until it ends; if this is cancelled, end it."""
+        """Run kopf until it ends. Cancelling this stops it."""
         loop = self._runner.get_loop()
         threading.Thread(target=self._main, name="kopf", daemon=True).start()
         ended = asyncio.wrap_future(self._ended)
@@ -183,7 +182,7 @@ class _Thread:
         await kopf.operator(
             registry=self._registry,
             settings=settings(),
-            # Else kopf asks for the user's name, and an id that a cluster gives out has none.
+            # Without one, kopf looks up the user's name, which an arbitrary container uid does not have.
             identity=cast(Any, self._identity),
             standalone=True,
             clusterwide=True,
@@ -196,7 +195,7 @@ def _cancel_all() -> None:
 
 
 def _registry(log_in: Callable[[], Any], tell: Callable[[Any], None]) -> kopf.OperatorRegistry:
-    """kopf's handlers: a login like ours, and the one on TrainingRun events."""
+    """kopf's handlers: our login, and one for TrainingRun events."""
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
@@ -212,7 +211,7 @@ def _registry(log_in: Callable[[], Any], tell: Callable[[Any], None]) -> kopf.Op
 
 
 async def _connection(kube: Kube) -> kopf.ConnectionInfo:
-    """What kopf needs to speak to the same API server as the same user; it asks again when a token has expired."""
+    """Connection details for kopf: same API server, same user. kopf asks again when a token expires."""
     configuration = kube.configuration
     scheme, _, token = (await kube.authorization()).rpartition(" ")
     return kopf.ConnectionInfo(
@@ -227,11 +226,11 @@ async def _connection(kube: Kube) -> kopf.ConnectionInfo:
 
 
 def settings() -> kopf.OperatorSettings:
-    """kopf as a watcher only: it posts nothing, stores nothing, and keeps no idle workers."""
+    """kopf as a mere watcher: it posts no events, stores nothing and keeps no idle workers."""
     chosen = kopf.OperatorSettings()
     chosen.posting.enabled = False
     chosen.scanning.disabled = True
-    # Ten minutes after kopf has ended in any way but by its flag, it would kill the process.
+    # Otherwise kopf kills the process ten minutes after it ends for any reason but its stop flag.
     chosen.process.ultimate_exiting_timeout = None
     chosen.watching.chunk_size = 500
     chosen.watching.server_timeout = WATCH_SECONDS
@@ -245,13 +244,13 @@ def settings() -> kopf.OperatorSettings:
 
 
 async def wait_for_definitions(kube: Kube, *, pause_seconds: float = 2.0) -> None:
-    """Wait until the API server serves Headrace's kinds: kopf looks for them only once."""
+    """Wait until the API server serves our kinds: kopf looks for them only once."""
     while True:
         try:
             served = await kube.get(f"/apis/{GROUP}/{VERSION}")
             if {"trainingruns", "trainingruntimes"} <= {r["name"] for r in served.get("resources", [])}:
                 return
-            trouble = "it does not know TrainingRuns; install the CustomResourceDefinitions"
+            trouble = "TrainingRun is not installed; install the CustomResourceDefinitions"
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
             trouble = words(error)
         logger.warning("waiting for the API server: %s", trouble)

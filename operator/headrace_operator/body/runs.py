@@ -1,6 +1,6 @@
-"""The TrainingRuns and TrainingRuntimes that the API server has, as it last sent them.
+"""TrainingRuns as the API server last sent them.
 
-In: raw objects from watches and from one's own writes. Out: the newest of each.
+In: raw objects from watches and from our own writes. Out: the newest version of each.
 """
 
 from collections import defaultdict
@@ -15,22 +15,21 @@ _UNREAD = ("managedFields",)
 
 
 def key_of(raw: Raw) -> RunKey:
-    """The name of a run."""
     return RunKey(raw["metadata"]["namespace"], raw["metadata"]["name"])
 
 
 def uid_of(raw: Raw) -> str:
-    """What tells a run from an earlier one of the same name."""
+    """Tells a run from an earlier one of the same name."""
     return str(raw["metadata"]["uid"])
 
 
 def runtime_of(raw: Raw) -> str:
-    """The name of the runtime that a run wants."""
+    """The name of the runtime that a run uses."""
     return str(raw.get("spec", {}).get("runtime", "default"))
 
 
 class Runs:
-    """TrainingRuns by key, and by the runtime that they name."""
+    """TrainingRuns, by key and by runtime."""
 
     def __init__(self) -> None:
         self._store: Store[RunKey, Raw] = Store()
@@ -43,7 +42,7 @@ class Runs:
         return iter(self._store)
 
     def put(self, raw: Raw) -> bool:
-        """Remember a run; False if it is no news."""
+        """Store a run; False if it is stale."""
         key, known = key_of(raw), self.get(key_of(raw))
         if not self._store.put(key, Entry(uid=uid_of(raw), version=version_of(raw), value=_trimmed(raw))):
             return False
@@ -53,24 +52,24 @@ class Runs:
         return True
 
     def drop(self, key: RunKey, *, uid: str, version: int) -> None:
-        """Forget a run as of a version; another that has its name now stays."""
+        """Drop a run as of a version. A recreated run of the same name stays."""
         dropped = self._store.drop(key, uid=uid, version=version)
         if dropped is not None:
             self._by_runtime[runtime_of(dropped)].discard(key)
 
     def keep_only(self, uids: Set[str], *, version: int) -> list[Raw]:
-        """Forget what a fresh list of a version does not have; returns that."""
+        """Drop the runs that a list of that version does not contain; returns them."""
         gone = self._store.keep_only(uids, version=version)
         for key, raw in gone:
             self._by_runtime[runtime_of(raw)].discard(key)
         return [raw for _, raw in gone]
 
     def get(self, key: RunKey) -> Raw | None:
-        """A run as the API server has it."""
+        """A run as the API server last sent it."""
         return self._store.get(key)
 
     def with_runtime(self, name: str) -> tuple[RunKey, ...]:
-        """The runs that name a runtime."""
+        """The runs that use a runtime."""
         return tuple(self._by_runtime.get(name, ()))
 
 

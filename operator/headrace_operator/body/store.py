@@ -1,8 +1,7 @@
-"""The newest version of every object of one kind, whatever order its news comes in.
+"""The newest version of every object of one kind, whatever order events arrive in. Pure.
 
-Watches are replayed, lag behind one's own writes, and kopf handles an object that is deleted beside the one that takes
-its name. So nothing here depends on order: versions say which news is newer, and what is known to be gone stays gone.
-Pure; ``caches`` and ``runs`` build on it.
+Watches replay and lag behind our own writes, and kopf handles a deletion concurrently with the re-creation. So nothing
+here depends on order: the higher version wins, and an object known to be deleted stays deleted.
 """
 
 from collections import OrderedDict
@@ -14,7 +13,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 _REMEMBERED = 20_000
-"""Objects of which it is remembered that they are gone: far more than a watch replays."""
+"""How many deleted objects are remembered: far more than a watch replays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +22,7 @@ class Entry(Generic[V]):
 
     uid: str
     version: int
-    """resourceVersion; the numbers of a kind compare, over all its objects."""
+    """resourceVersion. Comparable across all objects of a kind."""
     value: V
 
 
@@ -33,7 +32,7 @@ class Store(Generic[K, V]):
     def __init__(self) -> None:
         self._entries: dict[K, Entry[V]] = {}
         self._gone: OrderedDict[str, int] = OrderedDict()
-        """uid -> the last version of an object that is gone."""
+        """uid of a deleted object -> its last version."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,7 +46,7 @@ class Store(Generic[K, V]):
         return entry.value if entry is not None else None
 
     def put(self, key: K, entry: Entry[V]) -> bool:
-        """Remember an object; False if this is no news: as new is known of its name, or it is gone."""
+        """Store an object; False if it is stale or known to be deleted."""
         known = self._entries.get(key)
         if entry.version <= self._gone.get(entry.uid, -1) or (known is not None and entry.version <= known.version):
             return False
@@ -57,7 +56,7 @@ class Store(Generic[K, V]):
         return True
 
     def drop(self, key: K, *, uid: str, version: int) -> V | None:
-        """Forget an object as of a version; returns it if it was known, and leaves another that has its name now."""
+        """Drop an object as of a version; returns its value if it was stored. A recreated object of that name stays."""
         self._bury(uid, version=version)
         known = self._entries.get(key)
         if known is None or known.uid != uid or known.version > version:
@@ -65,7 +64,7 @@ class Store(Generic[K, V]):
         return self._entries.pop(key).value
 
     def keep_only(self, uids: Set[str], *, version: int) -> list[tuple[K, V]]:
-        """Forget what a list of a version does not have; returns that. What is newer than the list is kept."""
+        """Drop and return what a list of that version does not contain. Anything newer than the list stays."""
         gone = [(key, e) for key, e in self._entries.items() if e.uid not in uids and e.version <= version]
         for key, entry in gone:
             self.drop(key, uid=entry.uid, version=version)

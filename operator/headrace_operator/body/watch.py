@@ -1,6 +1,6 @@
-"""Where changes of runtimes and of runs' children come in: pages and watches with a label selector, kept as trimmed records.
+"""Watches runtimes and the runs' children: a paged list, then a watch with a label selector, stored as trimmed records.
 
-Nothing is decided here: a change updates a cache and puts the run's key in the queue. ``run_watch`` does it for the runs.
+Decides nothing: a change updates a cache and queues the run's key. ``run_watch`` does the same for the runs.
 """
 
 import asyncio
@@ -26,40 +26,40 @@ logger = logging.getLogger(__name__)
 _TROUBLES = (ApiError, aiohttp.ClientError, TimeoutError)
 _LONGEST_PAUSE_SECONDS = 5.0
 _SHORT_SECONDS = 5.0
-"""A watch that ends sooner, as behind some proxies, counts as a failure: else it would be begun again without end."""
+"""A watch that ends sooner, as behind some proxies, counts as a failure, lest we restart it in a tight loop."""
 _ATTEMPTS_FROM_ONE_PLACE = 3
-"""How often a server may refuse to go on from a place before everything is listed again."""
+"""How often the server may refuse to resume from a version before we list again."""
 WATCH_SECONDS = 15
-"""How long a watch lasts. The server ends it, so silence beyond that means that the connection is dead; and since it
-sends a bookmark shortly before, the place is never old."""
+"""How long a watch lasts. The server ends it, so silence past that means a dead connection. It sends a bookmark
+shortly before, so the version to resume from is never old."""
 WATCH_SILENCE_SECONDS = WATCH_SECONDS + 5
 
 Notify = Callable[[RunKey], None]
 
 
 class Sink(Protocol):
-    """What a reflector fills."""
+    """What a reflector feeds."""
 
     def put(self, raw: Raw) -> None:
-        """An object was added or changed."""
+        """Take an added or changed object."""
 
     def drop(self, raw: Raw) -> None:
-        """An object was deleted; its resourceVersion is that of the deletion."""
+        """Take a deleted object; its resourceVersion is that of the deletion."""
 
     def keep_only(self, uids: Set[str], *, version: int) -> None:
-        """At a version these are all objects that there are."""
+        """Take a complete list: at that version, no other objects exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSink:
-    """Fills a cache with records and tells which runs they belong to."""
+    """Fills a cache with records and notifies the runs they belong to."""
 
     cache: Cache[Any]
     record: Callable[[Raw], Any]
     notify: Notify
 
     def put(self, raw: Raw) -> None:
-        """Remember an object's record; an object that only looks like one of ours is skipped."""
+        """Store an object's record. Skips objects that merely carry our labels."""
         try:
             record = self.record(raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -69,40 +69,35 @@ class CacheSink:
             self.notify(RunKey(record.namespace, record.run))
 
     def drop(self, raw: Raw) -> None:
-        """Forget an object."""
         meta = raw["metadata"]
         key = self.cache.drop(meta["namespace"], meta["name"], uid=meta["uid"], version=version_of(raw))
         if key is not None:
             self.notify(key)
 
     def keep_only(self, uids: Set[str], *, version: int) -> None:
-        """Forget all others."""
         for key in self.cache.keep_only(uids, version=version):
             self.notify(key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeSink:
-    """Keeps TrainingRuntimes; wakes the runs that name one that changed."""
+    """Stores TrainingRuntimes and notifies the runs that use a changed one."""
 
     runtimes: Store[str, Raw]
     runs: Runs
     notify: Notify
 
     def put(self, raw: Raw) -> None:
-        """Remember a runtime."""
         meta = raw["metadata"]
         if self.runtimes.put(meta["name"], Entry(uid=meta["uid"], version=version_of(raw), value=raw)):
             self._wake(meta["name"])
 
     def drop(self, raw: Raw) -> None:
-        """Forget a runtime."""
         meta = raw["metadata"]
         if self.runtimes.drop(meta["name"], uid=meta["uid"], version=version_of(raw)) is not None:
             self._wake(meta["name"])
 
     def keep_only(self, uids: Set[str], *, version: int) -> None:
-        """Forget all others."""
         for name, _ in self.runtimes.keep_only(uids, version=version):
             self._wake(name)
 
@@ -113,7 +108,7 @@ class RuntimeSink:
 
 @dataclass(kw_only=True)
 class Reflector:
-    """Keeps a sink equal to what the API server has of one kind."""
+    """Keeps a sink in sync with the API server's objects of one kind."""
 
     kube: Kube
     kind: str
@@ -121,10 +116,10 @@ class Reflector:
     query: Mapping[str, str] = field(default_factory=dict)
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     _place: str | None = None
-    """The resourceVersion of the last event, or of the list: where the next watch goes on."""
+    """resourceVersion of the last event or list: where the next watch resumes."""
 
     async def run(self) -> None:
-        """List, then watch, for ever; list again when the watch has lost its place."""
+        """List, then watch, for ever. List again when the watch cannot resume."""
         loop, failures = asyncio.get_running_loop(), 0
         while True:
             began = loop.time()
@@ -138,11 +133,11 @@ class Reflector:
             pause, said = pause_seconds(failures), words(trouble) if trouble is not None else "it ended at once"
             WATCH_FAILURES.labels(kind=self.kind).inc()
             level = logging.DEBUG if failures == 1 else logging.WARNING
-            logger.log(level, "watching %ss: %s; again in %.1f s", self.kind, said, pause)
+            logger.log(level, "watching %ss: %s; retrying in %.1f s", self.kind, said, pause)
             await asyncio.sleep(pause)
 
     async def _follow(self) -> Exception | None:
-        """List if there is no place to go on from, and watch; returns why that ended too early, if it did."""
+        """List unless there is a version to resume from, then watch. Returns the error that ended it, if any."""
         try:
             if self._place is None:
                 self._place = await self._list()
@@ -150,7 +145,7 @@ class Reflector:
         except _TROUBLES as error:
             return error
         except Exception as error:
-            # Whatever it was that could not be taken, the list has its newest state.
+            # An object we could not handle; the next list brings its newest state.
             logger.exception("watching %ss", self.kind)
             self._place = None
             return error
@@ -164,7 +159,7 @@ class Reflector:
                 self.sink.put({"kind": self.kind, **raw})
                 uids.add(raw["metadata"]["uid"])
             version = page["metadata"]["resourceVersion"]
-            await asyncio.sleep(0)  # a page is some milliseconds of work; others get their turn
+            await asyncio.sleep(0)  # a page takes milliseconds to process; let other tasks run
         self.sink.keep_only(uids, version=int(version))
         self.synced.set()
         return version
@@ -183,20 +178,19 @@ class Reflector:
 
 
 def _has_lost_its_place(trouble: ApiError, *, failures: int) -> bool:
-    """Whether a watch cannot go on where it was: the server has forgotten that version, or never comes to have it, as
-    after etcd was restored."""
+    """Whether a watch cannot resume: its version has expired, or lies in the future, as after an etcd restore."""
     return trouble.status == 410 or (trouble.status in (400, 504) and failures > _ATTEMPTS_FROM_ONE_PLACE)
 
 
 def pause_seconds(failures: int) -> float:
-    """How long to wait after so many failures in a row, at least 1: not so long that a server that is back waits for us."""
+    """The back-off after consecutive failures (at least 1). Short, so that a recovered server is not kept waiting."""
     return float(min(2.0 ** min(failures, 10) / 4, _LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1))
 
 
 def reflectors(
     kube: Kube, *, cluster: Cluster, runs: Runs, runtimes: Store[str, Raw], notify: Notify
 ) -> tuple[Reflector, ...]:
-    """One reflector for each kind that a run's state depends on, besides the runs."""
+    """One reflector for each kind that a run's state depends on, besides the run itself."""
     ours = {"labelSelector": RUN_LABEL}
     return (
         Reflector(kube=kube, kind="TrainingRuntime", sink=RuntimeSink(runtimes=runtimes, runs=runs, notify=notify)),

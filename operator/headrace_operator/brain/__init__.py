@@ -1,1 +1,1 @@
-"""What should happen to a run: pure decisions, which the operator and ``headrace run`` share. No I/O, no clock."""
+"""Pure decisions about a run, shared by the operator and ``headrace run``. No I/O, no clock."""

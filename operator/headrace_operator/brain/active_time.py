@@ -1,6 +1,6 @@
-"""How long a stage has worked: the time of its attempts, not the time between them. Pure.
+"""Active time of a stage: time spent in attempts, not between them. Pure.
 
-A stage is active from the start of an attempt until the attempt ends or, for a server, until it answers.
+An attempt is active from its start until it ends; a server's, until the server answers.
 """
 
 from datetime import datetime
@@ -9,16 +9,16 @@ from headrace_api.run import StageState, StageStatus
 from headrace_operator.brain.observed import Observed
 
 _ACTIVE = frozenset({StageState.STARTING, StageState.RUNNING, StageState.STOPPING})
-"""Not while it waits for a node or a quota."""
+"""Waiting for a node or for quota does not count."""
 
 
 def account(before: StageStatus, after: StageStatus, observed: Observed) -> StageStatus:
-    """The new status with its active time, which begins and ends with attempts.
+    """Update the active time of ``after``.
 
     Args:
-        before: the status that the last plan left.
-        after: the status as decided now, its times those of ``before``.
-        observed: when attempts ended, and the time.
+        before: the status from the last plan.
+        after: the newly decided status, with the times of ``before``.
+        observed: the current time, and when attempts ended.
     """
     active = after.state in _ACTIVE
     goes_on = active and after.attempt == before.attempt and after.active_since is not None
@@ -29,7 +29,7 @@ def account(before: StageStatus, after: StageStatus, observed: Observed) -> Stag
 
 
 def close(status: StageStatus, ended_at: datetime) -> StageStatus:
-    """The status with the attempt under way, if there is one, counted up to its end."""
+    """The status with its running attempt, if any, counted up to ``ended_at``."""
     if status.active_since is None:
         return status
     seconds = status.active_seconds + max(0.0, (ended_at - status.active_since).total_seconds())
@@ -37,5 +37,5 @@ def close(status: StageStatus, ended_at: datetime) -> StageStatus:
 
 
 def active_seconds(status: StageStatus, *, now: datetime) -> float:
-    """How long the stage has worked so far, the attempt under way included."""
+    """Active time so far, including the running attempt."""
     return close(status, now).active_seconds

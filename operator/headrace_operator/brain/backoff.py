@@ -1,14 +1,14 @@
-"""How long to wait after failures: nothing, then twice as long each time, up to a bound. Pure."""
+"""Exponential back-off. Pure."""
 
 
 def backoff_seconds(failures: int, *, first_seconds: float, longest_seconds: float, jitter: float = 0.0) -> float:
-    """The wait after so many failures in a row; none after none.
+    """The delay after a number of consecutive failures; 0 after none.
 
     Args:
-        failures: in a row.
-        first_seconds: the wait after the first.
-        longest_seconds: the longest wait.
-        jitter: between 0 and 1; spreads those that failed together over half of the wait.
+        failures: consecutive failures.
+        first_seconds: the delay after the first failure; doubles with each further one.
+        longest_seconds: the upper bound.
+        jitter: from 0 to 1; shortens the delay by up to half, to spread retries.
     """
     if failures <= 0:
         return 0.0

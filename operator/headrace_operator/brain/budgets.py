@@ -1,7 +1,7 @@
-"""What failures cost a stage, and what gives it back. Pure.
+"""Retry budgets: what a failure costs a stage, and what resets the budget. Pure.
 
-``infraSpent`` and ``userSpent`` of a stage's status are held against ``restartPolicy``; ``infraRestarts`` and
-``userRestarts`` count for people, and are never given back.
+``infraSpent`` and ``userSpent`` in a stage's status count against ``restartPolicy``. ``infraRestarts`` and
+``userRestarts`` are totals for people and never reset.
 """
 
 from headrace_api.faults import BUDGETS, Budget, FaultClass, Outcome
@@ -30,22 +30,22 @@ def charge(status: StageStatus, outcome: Outcome, *, policy: RestartPolicy) -> t
 
 
 def wait_seconds(status: StageStatus) -> float:
-    """How long the next attempt waits: not at all after a first failure, then twice as long each time."""
+    """The back-off before the next attempt. The first failure retries at once."""
     failures = status.infra_spent + status.user_spent
     return backoff_seconds(failures - 1, first_seconds=_FIRST_WAIT_SECONDS, longest_seconds=LONGEST_WAIT_SECONDS)
 
 
 def with_fresh_budgets(status: StageStatus) -> StageStatus:
-    """The status with nothing spent."""
+    """The status with its retry budgets reset."""
     return status.model_copy(update={"infra_spent": 0, "user_spent": 0})
 
 
 def step_of(attempt: Attempt | None) -> int:
-    """The step that an attempt has reported; 0 where something else is counted."""
+    """The last step that an attempt reported; 0 if it does not count steps."""
     progress = attempt.progress if attempt is not None else None
     return progress.done if progress is not None and progress.unit == "steps" else 0
 
 
 def has_advanced(status: StageStatus, *, step: int, policy: RestartPolicy) -> bool:
-    """Whether a step is far enough past the furthest one that failed: going over old ground again is no progress."""
+    """Whether ``step`` is far enough past the last failed one to reset the budgets. Replayed steps do not count."""
     return step >= status.failed_step + policy.reset_after_steps

@@ -1,8 +1,8 @@
-"""What deciding about a stage comes to, and what all stages share of it. Pure.
+"""The decision about one stage, and the logic shared by all stages. Pure.
 
-``stage_plan`` chooses: ``work_plan`` is about stages that end by themselves, ``service_plan`` about servers. The status
-follows its newest attempt until that is *settled*: charged to a budget, or stopped on request. Whatever is seen of a
-settled attempt later, a replay or a ghost, costs nothing more.
+``work_plan`` covers stages that run to completion, ``service_plan`` servers; ``stage_plan`` picks one. The status
+follows its newest attempt until that attempt is *settled*: charged to a budget, or stopped on request. A settled
+attempt is never charged again, whatever a stale watch shows of it later.
 """
 
 from abc import ABC, abstractmethod
@@ -26,29 +26,29 @@ from headrace_operator.brain.observed import LIVE, Attempt, AttemptState, Observ
 
 POLL_SECONDS = 5.0
 _CAPACITY_SECONDS = (15.0, 300.0)
-"""How often a start that was refused for want of room is tried again: after a tenth of the time that it has waited."""
+"""Bounds of the delay before a start refused for lack of capacity is retried: a tenth of the time waited so far."""
 _START_SECONDS = 600.0
-"""How long a node may try to start a container, as one whose image it cannot pull, while the gang's other nodes idle."""
-_VANISHED = Outcome(fault=FaultClass.POD, reason="Vanished", message="the attempt is gone, and no pod is left to ask")
+"""How long a node may fail to start a container (an image it cannot pull, say) while the rest of the gang idles."""
+_VANISHED = Outcome(fault=FaultClass.POD, reason="Vanished", message="the attempt and all of its pods are gone")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What should be true of one stage."""
+    """The desired state of one stage."""
 
     status: StageStatus
     done: bool = False
-    """Whether the next stage may begin."""
+    """Whether the next stage may start."""
     start: ResolvedStage | None = None
     stop: tuple[Attempt, ...] = ()
     requeue_after_seconds: float | None = None
     note: str = ""
-    """What it waits for, for people; empty where the ranks' own report says more."""
+    """What the stage waits for, for people; empty if the ranks' own report says more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision(ABC):
-    """One stage whose turn it is, with everything a decision needs."""
+    """The inputs of a decision about one stage."""
 
     run: TrainingRun
     stage: Stage
@@ -59,19 +59,19 @@ class Decision(ABC):
 
     @abstractmethod
     def is_done(self, status: StageStatus) -> bool:
-        """Whether nothing is left to do about the stage."""
+        """Whether the stage needs nothing more."""
 
     @abstractmethod
     def wait(self, before: StageStatus) -> StagePlan:
-        """Deal with a stage whose turn has not come, or has gone again because a stage before it is made again."""
+        """Plan a stage that cannot run because an earlier stage is not done (or is being rerun)."""
 
     @abstractmethod
     def suspend(self, status: StageStatus) -> StagePlan:
-        """Stop, and stay stopped; a failed stage gets its budgets back, so that resuming tries again."""
+        """Stop the stage and keep it stopped. Resets its budgets, so that resuming retries a failed stage."""
 
     @abstractmethod
     def give_up(self, status: StageStatus) -> StagePlan:
-        """Leave a stage that has failed as it is, but for what it still holds."""
+        """Keep a failed stage failed; release what it still holds."""
 
     def advance(self, status: StageStatus) -> StagePlan:
         """Start, keep, restart or finish the stage."""
@@ -95,19 +95,19 @@ class Decision(ABC):
 
     @abstractmethod
     def in_the_way(self, current: Attempt | None) -> tuple[Attempt, ...]:
-        """The attempts that must be gone before another one may start."""
+        """Attempts that must be gone before another may start."""
 
     @abstractmethod
     def replace(self, status: StageStatus, current: Attempt) -> StagePlan:
-        """Apply an edit. A running attempt is never changed: the next one is."""
+        """Apply an edit: replace the running attempt, never change it."""
 
     @abstractmethod
     def keep(self, status: StageStatus, current: Attempt) -> StagePlan:
-        """Say where a stage is whose attempt lives, and should."""
+        """Update the status of a stage whose attempt is live and wanted."""
 
     @abstractmethod
     def ended(self, status: StageStatus, current: Attempt) -> StagePlan:
-        """Deal with the end of the attempt."""
+        """Handle the end of the attempt."""
 
     def _follow(self, status: StageStatus, current: Attempt, refusal: Outcome | None) -> StagePlan:
         if self.edited(status, digest=current.digest):
@@ -125,44 +125,44 @@ class Decision(ABC):
         return self._with_refusal(plan, refusal)
 
     def live(self, *, besides: Attempt | None = None) -> tuple[Attempt, ...]:
-        """The attempts that hold machines."""
+        """Attempts that still hold machines."""
         return tuple(a for a in self.attempts if a.state in LIVE and a != besides)
 
     def newest(self, status: StageStatus) -> Attempt | None:
-        """The newest attempt, if it was started for this hash, and is the one that was seen before."""
+        """The newest attempt, if it has this hash and is the object seen before."""
         same = (a for a in self.attempts if a.number == status.attempt and a.hash == self.hash)
         return next((a for a in same if status.workload in (None, a.uid) or not a.uid), None)
 
     def edited(self, status: StageStatus, *, digest: str | None) -> bool:
-        """Whether the user wants another attempt than one that was resolved to ``digest``.
+        """Whether an edit asks for a different attempt than the one resolved to ``digest``.
 
-        The spec's generation decides that there was an edit at all: another version of the planner may resolve the same
-        spec to another digest, and leaves what runs alone.
+        Only a new generation of the spec counts as an edit. A different planner version may resolve the same spec to
+        another digest; that leaves running attempts alone.
         """
         generation = self.run.metadata.generation
         same = generation is not None and status.generation == generation
         return not same and bool(digest) and digest != self.resolved(max(1, status.attempt)).digest
 
     def stop(self, status: StageStatus, attempts: tuple[Attempt, ...], *, then: str = "") -> StagePlan:
-        """Wait for attempts to end, having asked them to if that has not happened by itself."""
+        """Stop attempts and wait for them to end."""
         numbers = " and ".join(str(n) for n in sorted({a.number for a in attempts}))
         return StagePlan(
             status=updated(status, state=StageState.STOPPING),
             stop=attempts,
             requeue_after_seconds=POLL_SECONDS,
-            note=f"Stopping: attempt {numbers} saves and ends{then}" if attempts else "",
+            note=f"Stopping: attempt {numbers} saves and exits{then}" if attempts else "",
         )
 
     def make_way(self, status: StageStatus, attempts: tuple[Attempt, ...]) -> StagePlan:
-        """End attempts that are not wanted any more, at no cost."""
+        """Stop attempts that are no longer wanted, without charging a budget."""
         edited = status.generation != self.run.metadata.generation
         return self.stop(status, attempts, then="; the next one applies the edited spec" if edited else "")
 
     def start_next(self, status: StageStatus, refusal: Outcome | None = None) -> StagePlan:
-        """Start the attempt that the status names and nobody has seen, or else the one after it, once its time has come."""
+        """Start the attempt named in the status if nobody has seen it, else the one after it; honours the back-off."""
         now = self.observed.now
         if status.retry_at is not None and status.retry_at > now:
-            # A time beyond the longest wait was written by another clock.
+            # Later than the longest back-off: written by another clock.
             due = min(status.retry_at, now + timedelta(seconds=LONGEST_WAIT_SECONDS))
             return StagePlan(
                 status=updated(status, retry_at=due),
@@ -172,7 +172,7 @@ class Decision(ABC):
         if not follows(status):
             return self._start(status, number=max([status.attempt, *(a.number for a in self.attempts)]) + 1)
         if any(a.number == status.attempt for a in self.attempts):
-            return self.charge(status, _VANISHED)  # what has its number is not it
+            return self.charge(status, _VANISHED)  # another object has its number
         return self._with_refusal(self._start(status, number=status.attempt), refusal)
 
     def _start(self, status: StageStatus, *, number: int) -> StagePlan:
@@ -193,7 +193,7 @@ class Decision(ABC):
         return StagePlan(status=status, start=resolved)
 
     def endpoint_meanwhile(self, status: StageStatus) -> str | None:
-        """Where a server answers until the next attempt does."""
+        """The address that still answers until the next attempt does."""
         return None
 
     def _with_refusal(self, plan: StagePlan, refusal: Outcome | None) -> StagePlan:
@@ -209,7 +209,7 @@ class Decision(ABC):
         )
 
     def charge(self, status: StageStatus, outcome: Outcome) -> StagePlan:
-        """Charge a failure to its budget; try again within it, fail beyond it. What is in the way ends first."""
+        """Charge a failure to its budget: retry, or fail once it is spent. Live attempts are stopped first."""
         policy, step = self.run.spec.restart_policy, max(outcome.step or 0, step_of(self.newest(status)))
         if has_advanced(status, step=step, policy=policy):
             status = with_fresh_budgets(status)
@@ -230,12 +230,12 @@ class Decision(ABC):
         )
 
     def folder(self) -> str:
-        """Where the stage leaves its result."""
-        assert self.run.spec.storage.uri is not None, "a body fills in storage.uri before it plans"
+        """Where the stage writes its artifact."""
+        assert self.run.spec.storage.uri is not None, "the body sets storage.uri before it plans"
         return join_uri(self.run.spec.storage.uri, self.stage.name)
 
     def resolved(self, number: int) -> ResolvedStage:
-        """What an attempt of this number is told."""
+        """The resolved stage that attempt ``number`` runs."""
         return ResolvedStage(
             run=self.run.metadata.name,
             namespace=self.run.metadata.namespace,
@@ -253,7 +253,7 @@ class Decision(ABC):
 
 
 def state_of(attempt: Attempt, *, before: StageState) -> StageState:
-    """Where a stage is whose attempt lives. One that was seen to run goes on running: reports are lost with a leader."""
+    """The state of a stage with a live attempt. Once Running it stays Running: a new leader has no reports yet."""
     if attempt.held is not None:
         return StageState.WAITING
     phase = attempt.progress.phase if attempt.progress is not None else STARTING_PHASE
@@ -262,7 +262,7 @@ def state_of(attempt: Attempt, *, before: StageState) -> StageState:
 
 
 def note_on(attempt: Attempt, state: StageState) -> str:
-    """What a stage waits for whose attempt lives."""
+    """What a stage with a live attempt waits for."""
     if attempt.held is not None:
         return f"Waiting: {attempt.held.reason}: {attempt.held.message}"
     if state is not StageState.STARTING or (attempt.progress is not None and attempt.progress.message):
@@ -271,20 +271,20 @@ def note_on(attempt: Attempt, state: StageState) -> str:
 
 
 def follows(status: StageStatus) -> bool:
-    """Whether the newest attempt's end is still to be dealt with."""
+    """Whether the newest attempt is not settled yet."""
     return status.attempt > status.settled
 
 
 def settled(status: StageStatus, **changes: object) -> StageStatus:
-    """The status, its newest attempt dealt with."""
+    """The status with its newest attempt settled."""
     return updated(status, settled=status.attempt, **changes)
 
 
 def updated(status: StageStatus, **changes: object) -> StageStatus:
-    """The status with changes."""
+    """The status with these fields changed."""
     return status.model_copy(update=changes)
 
 
 def seconds_until(due: datetime, *, now: datetime) -> float:
-    """The time until a deadline; 0 if it has passed."""
+    """Seconds until ``due``; 0 if it has passed."""
     return max(0.0, (due - now).total_seconds())

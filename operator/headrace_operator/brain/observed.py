@@ -1,6 +1,6 @@
-"""The world as plain values: what a body saw, for ``plan`` to decide on.
+"""The observed state as plain values: the input of ``plan``.
 
-A body (the cluster's, or the local one) fills an ``Observed``; nothing here or in ``plan`` does I/O.
+Each body, cluster or local, fills an ``Observed``. Nothing here or in ``plan`` does I/O.
 """
 
 from dataclasses import dataclass
@@ -12,41 +12,41 @@ from headrace_api.faults import Outcome
 
 
 class AttemptState(StrEnum):
-    """Where an attempt is, pods taken together."""
+    """The state of an attempt, over all of its pods."""
 
     PENDING = "Pending"
-    """It exists, and not all of its pods run yet."""
+    """It exists, but not all of its pods run yet."""
     RUNNING = "Running"
-    """All of its pods run; whether their ranks have joined is for their report to say."""
+    """All of its pods run. Whether the ranks have joined is up to their report."""
     STOPPING = "Stopping"
-    """It was told to stop, or has failed, and some of its pods are not gone yet."""
+    """It was told to stop, or has failed, and some of its pods still exist."""
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
 
 
 LIVE = frozenset({AttemptState.PENDING, AttemptState.RUNNING, AttemptState.STOPPING})
-"""States in which an attempt still holds machines."""
+"""States in which an attempt holds machines."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What keeps an attempt's pods from running."""
+    """Why an attempt's pods do not run yet."""
 
     reason: str
-    """One CamelCase word."""
+    """In CamelCase."""
     message: str
     since: datetime | None = None
-    """Since when a node tries in vain to start a container; None while the pod waits for a node, which takes any time."""
+    """Since when a node has failed to start a container; None while the pod waits for a node, however long."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """An attempt that could not be started."""
+    """An attempt that the cluster refused to start."""
 
     stage: str
     number: int
     outcome: Outcome
-    """Why; CAPACITY is waited for, anything else is a failure."""
+    """Why. CAPACITY is waited for; anything else is a failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,37 +55,37 @@ class Attempt:
 
     stage: str
     number: int
-    """Counts from 1."""
+    """From 1."""
     hash: str
-    """The stage_hash that it was started for."""
+    """The stage_hash it was started for."""
     digest: str = ""
-    """ResolvedStage.digest of what it was started with; empty if unknown."""
+    """ResolvedStage.digest it was started with; empty if unknown."""
     state: AttemptState
     uid: str = ""
-    """Of its Job or Deployment: an attempt with another one is another, whatever its number. Empty if unknown."""
+    """uid of its Job or Deployment; empty if unknown. The same number under another uid is another attempt."""
     outcome: Outcome | None = None
-    """What it said at its end; None while it runs, where that was lost, and until it is seen."""
+    """Its outcome; None while it runs, until it is observed, or if it was lost."""
     progress: Progress | None = None
     held: Held | None = None
-    """What keeps it from running, where the body can tell."""
+    """Why it does not run yet, if the body can tell."""
     missing: str = ""
-    """What is missing before all of its pods run, for people; empty once they do."""
+    """What is missing until all of its pods run, for people; empty once they do."""
     ended_at: datetime | None = None
-    """When its last process ended, where the body knows: that may be long before anybody looks."""
+    """When its last process ended, if the body knows. May be long before anybody looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """Everything that a decision may depend on, besides the run itself."""
+    """Everything a decision may depend on besides the run itself."""
 
     now: datetime
     attempts: tuple[Attempt, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def of_stage(self, stage: str) -> tuple[Attempt, ...]:
-        """The attempts at a stage, by number."""
+        """The attempts at a stage, ordered by number."""
         return tuple(sorted((a for a in self.attempts if a.stage == stage), key=lambda a: a.number))
 
     def refusal(self, stage: str, number: int) -> Outcome | None:
-        """Why an attempt could not be started; None if nothing is known against it."""
+        """Why an attempt could not start; None if it was not refused."""
         return next((r.outcome for r in self.refusals if (r.stage, r.number) == (stage, number)), None)

@@ -1,7 +1,7 @@
-"""Every decision about a run: ``plan(run, observed)``. Pure; reads no clock but ``observed.now``.
+"""``plan(run, observed)`` makes every decision about a run. Pure; its only clock is ``observed.now``.
 
-Level-triggered: the plan lists what should exist now, so a lost event, a replay or a restart of the body changes
-nothing. ``stage_plan`` decides about one stage; ``report`` makes the status that people read.
+Level-triggered: the plan lists what should exist now, so a lost event, a replay or a restart of the body does no
+harm. ``stage_plan`` decides about one stage; ``report`` builds the status that people read.
 """
 
 from collections.abc import Iterable
@@ -19,23 +19,23 @@ from headrace_operator.brain.report import report
 from headrace_operator.brain.stage_plan import plan_stage
 
 _KEPT_ATTEMPTS = 3
-"""Finished attempts whose objects, and so whose logs, are kept for each stage."""
+"""Finished attempts per stage whose objects, and therefore logs, are kept."""
 _SHORTEST_WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class AttemptKey:
-    """The name of an attempt."""
+    """Identifies an attempt."""
 
     stage: str
     number: int
     uid: str = ""
-    """Of its Job or Deployment; empty if any will do."""
+    """uid of its Job or Deployment; empty matches any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something worth telling, on a transition."""
+    """A state change worth telling people about."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -44,28 +44,28 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a body should make true.
+    """The desired state of a run.
 
-    A body writes ``status`` before it carries out ``start``: the status is the intent, and an attempt that it names and
-    nobody sees is started again under the same number.
+    A body writes ``status`` before it carries out ``start``. The status is the intent: an attempt that it names but that
+    nobody has seen is started again under the same number.
     """
 
     start: tuple[ResolvedStage, ...]
-    """Attempts that should exist; listed again while they run, and applying one again changes nothing."""
+    """Attempts that should exist. They stay listed while they run; starting one again is a no-op."""
     stop: tuple[AttemptKey, ...]
-    """Attempts that should end: the pods are asked to save and exit, then removed."""
+    """Attempts that should end: their pods save, exit and are removed."""
     status: RunStatus
     events: tuple[Event, ...] = ()
     requeue_after_seconds: float | None = None
-    """When to plan again even if nothing is seen to change."""
+    """When to plan again even if nothing changes."""
 
 
 def plan(run: TrainingRun, observed: Observed) -> Plan:
-    """Decide what should be done about a run.
+    """Decide what to do about a run.
 
     Args:
-        run: the manifest, and the status that the last plan left.
-        observed: what the body sees.
+        run: the manifest, with the status from the last plan.
+        observed: what the body observes.
     """
     if run.metadata.deletion_timestamp is not None:
         return Plan(start=(), stop=_keys(observed.attempts), status=run.status)
@@ -86,7 +86,7 @@ def plan(run: TrainingRun, observed: Observed) -> Plan:
 
 
 def _plan_stages(run: TrainingRun, observed: Observed) -> list[StagePlan]:
-    """One plan for each stage, in order; a stage whose inputs are not ready waits, and its attempts are stopped."""
+    """One plan per stage, in order. A stage whose inputs are not ready waits, and its attempts are stopped."""
     plans: list[StagePlan] = []
     for stage, before in zip(run.spec.stages, _prior(run), strict=True):
         ready = all(p.done for p in plans)
@@ -97,7 +97,7 @@ def _plan_stages(run: TrainingRun, observed: Observed) -> list[StagePlan]:
 
 
 def _first(seconds: Iterable[float | None]) -> float | None:
-    """The earliest time to plan again. Never at once: the timer may be a little ahead of the clock that set it."""
+    """The earliest time to plan again. Never at once: the timer may run slightly ahead of the clock that set it."""
     return max(_SHORTEST_WAIT_SECONDS, min(known)) if (known := [s for s in seconds if s is not None]) else None
 
 
@@ -111,13 +111,13 @@ def _keys(attempts: Iterable[Attempt]) -> tuple[AttemptKey, ...]:
 
 
 def _old(observed: Observed, *, kept: int) -> tuple[AttemptKey, ...]:
-    """Finished attempts beyond the newest few of each stage."""
+    """Finished attempts beyond the newest ``kept`` of each stage."""
     newest = [a for stage in {a.stage for a in observed.attempts} for a in observed.of_stage(stage)[::-1][:kept]]
     return _keys(a for a in observed.attempts if a not in newest and a.state not in LIVE)
 
 
 def _seconds_to_live(run: TrainingRun, status: RunStatus, *, now: datetime) -> float | None:
-    """How long what is left of a finished run's attempts is kept; None if the run has not finished, or for ever."""
+    """How long a finished run's objects are still kept; None if it has not finished, or has no TTL."""
     ttl, ends = run.spec.ttl_seconds_after_finished, (ConditionType.COMPLETE, ConditionType.FAILED)
     finished = [c.last_transition_time for c in status.conditions if c.type in ends and c.status == "True"]
     if ttl is None or not finished:
@@ -126,7 +126,7 @@ def _seconds_to_live(run: TrainingRun, status: RunStatus, *, now: datetime) -> f
 
 
 def _events(before: StageStatus, plan: StagePlan) -> list[Event]:
-    """What changed that people would want to know."""
+    """The transitions that people want to know about."""
     after = plan.status
     name, events = after.name, []
     if after.infra_restarts + after.user_restarts > before.infra_restarts + before.user_restarts:

@@ -1,4 +1,4 @@
-"""The status that people read: conditions, and the columns of ``kubectl get trun``. Pure."""
+"""The status that people read: conditions and the columns of ``kubectl get trun``. Pure."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -25,18 +25,18 @@ _NO_COLUMNS: dict[str, str | None] = dict.fromkeys(
 def report(
     run: TrainingRun, observed: Observed, stages: Sequence[StageStatus], *, notes: Mapping[str, str]
 ) -> RunStatus:
-    """The run's status, from the statuses of its stages.
+    """Build the run's status from those of its stages.
 
     Args:
-        run: the manifest and the last status; conditions keep their transition times.
-        observed: for the newest progress and the time.
-        stages: the new statuses, in order.
-        notes: stage name -> what it waits for; empty where its ranks' report says more.
+        run: the manifest and the last status, whose conditions keep their transition times.
+        observed: the newest progress, and the time.
+        stages: the new stage statuses, in order.
+        notes: stage name -> what it waits for; empty if the ranks' report says more.
     """
     current = next((s for s in stages if s.state is not StageState.SUCCEEDED), None)
     progress = _progress_of(observed, current)
     note = notes[current.name] if current is not None else next(filter(None, notes.values()), "")
-    # A copy: what a newer operator left in the last status stays there.
+    # A copy, so that fields written by a newer operator survive.
     return run.status.model_copy(
         update={
             "conditions": _conditions(run, current, now=observed.now),
@@ -107,7 +107,7 @@ def _checkpoint(run: TrainingRun, current: StageStatus | None, progress: Progres
 def _columns(
     run: TrainingRun, current: StageStatus | None, progress: Progress | None, *, note: str
 ) -> dict[str, str | None]:
-    """Step, progress, loss and their like; kept from the last status while a new attempt has not reported yet."""
+    """The progress columns. Step and loss survive until a new attempt reports."""
     before, said = run.status, note[:_LONGEST_NOTE] or None
     if progress is None and current is None:
         return {**_NO_COLUMNS, "loss": before.loss, "phase_message": said}
@@ -120,7 +120,7 @@ def _columns(
 
 
 def progress_columns(progress: Progress) -> dict[str, str | None]:
-    """The fields of a status that say how far an attempt is."""
+    """The status fields that show an attempt's progress."""
     total, speed, eta = progress.total, progress.tokens_per_second, progress.eta_seconds
     return {
         "step": f"{progress.done}/{total}" if total else str(progress.done),

@@ -1,7 +1,7 @@
-"""What should happen to a server. Pure.
+"""Decisions about a server. Pure.
 
-Attempts roll over: the server before stays up until the next one answers, and whatever becomes of that one. A server
-that has answered is done, and stays so while its replicas move.
+Attempts roll over: the old server stays up until the new one answers, even if the new one fails. A server that has
+answered is done, and stays done while its replicas change.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,25 @@ from headrace_operator.brain.decision import Decision, StagePlan, note_on, settl
 from headrace_operator.brain.observed import LIVE, Attempt, AttemptState
 
 _SERVED_SECONDS = 600.0
-"""A server that has answered for so long gets its restarts back, as training does by advancing."""
-_ENDED_BY_ITSELF = Outcome(fault=FaultClass.PROCESS, reason="ServerEnded", message="the server ended by itself")
+"""A server that has answered for this long gets its restart budget back, as training does by advancing."""
+_ENDED_BY_ITSELF = Outcome(fault=FaultClass.PROCESS, reason="ServerEnded", message="the server exited")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Service(Decision):
-    """A stage that serves, until the run is deleted."""
+    """A stage that serves until the run is deleted."""
 
     def is_done(self, status: StageStatus) -> bool:
-        """Never for good: it has to be kept alive."""
+        """Never: a server must be kept alive."""
         return False
 
     def wait(self, before: StageStatus) -> StagePlan:
-        """A stage before this one is not done again yet: what serves, goes on serving."""
-        return self.suspend(before) if self.run.spec.suspend else StagePlan(status=before)
+        """Keep serving while an earlier stage is being rerun."""
+        has_begun = bool(before.attempt or self.attempts)
+        return self.suspend(before) if self.run.spec.suspend and has_begun else StagePlan(status=before)
 
     def suspend(self, status: StageStatus) -> StagePlan:
-        """Take the servers down. One that failed may be started again and again by its Deployment."""
+        """Take the servers down, including a failed one: its Deployment would keep restarting it."""
         up = tuple(a for a in self.attempts if a.state in LIVE | {AttemptState.FAILED})
         if self.live():
             return self.stop(settled(status), up, then=", as suspend asks")
@@ -38,12 +39,12 @@ class Service(Decision):
         return StagePlan(status=with_fresh_budgets(fresh), stop=up)
 
     def give_up(self, status: StageStatus) -> StagePlan:
-        """Take down a server that cannot start, unless that would take an older one down with it."""
+        """Take down a server that cannot start, but never an older one that still serves."""
         failed = tuple(a for a in self.attempts if a.number == status.attempt and a.state is not AttemptState.SUCCEEDED)
         return StagePlan(status=status, stop=() if self._older(status) else failed)
 
     def in_the_way(self, current: Attempt | None) -> tuple[Attempt, ...]:
-        """Nothing: a server may start beside the one that it replaces."""
+        """Nothing: a new server starts beside the old one."""
         return ()
 
     def replace(self, status: StageStatus, current: Attempt) -> StagePlan:
@@ -51,7 +52,7 @@ class Service(Decision):
         return self.start_next(status)
 
     def keep(self, status: StageStatus, current: Attempt) -> StagePlan:
-        """Serving, or what that waits for; once it answers, no older server is needed."""
+        """Serving, or waiting to. Once the new server answers, older ones stop."""
         endpoint = current.progress.endpoint if current.progress is not None else None
         served = status.state is StageState.SUCCEEDED
         if endpoint is not None:
@@ -62,11 +63,11 @@ class Service(Decision):
         return StagePlan(status=updated(status, state=state), done=served, note=note_on(current, state))
 
     def ended(self, status: StageStatus, current: Attempt) -> StagePlan:
-        """A server does not end by itself."""
+        """Charge it: a server should never exit."""
         return self.charge(status, current.outcome or _ENDED_BY_ITSELF)
 
     def charge(self, status: StageStatus, outcome: Outcome) -> StagePlan:
-        """Charge a failure; a server that had answered for long has its budget back."""
+        """Charge a failure; a server that had served for long enough gets its budget back first."""
         since = status.finished_at if status.state is StageState.SUCCEEDED else None
         if since is not None and (self.observed.now - since).total_seconds() >= _SERVED_SECONDS:
             status = with_fresh_budgets(status)
@@ -74,7 +75,7 @@ class Service(Decision):
         return super().charge(status, said)
 
     def endpoint_meanwhile(self, status: StageStatus) -> str | None:
-        """That of an older server, which answers at the same address."""
+        """The address of the older server: both share one Service."""
         return status.endpoint if self._older(status) else None
 
     def _older(self, status: StageStatus) -> tuple[Attempt, ...]:

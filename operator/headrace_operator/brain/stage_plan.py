@@ -1,7 +1,7 @@
-"""What should happen to one stage now. Pure.
+"""The decision about one stage. Pure.
 
-In: the stage, what its status said, its attempts, whether the stages before it are done. Out: the attempt that should
-exist, the attempts that should end, and the stage's new status.
+In: the stage, its last status, its attempts, and whether earlier stages are done. Out: the attempt that should exist,
+those that should end, and the new status.
 """
 
 from collections.abc import Mapping
@@ -28,14 +28,16 @@ def plan_stage(
     """Decide about one stage.
 
     Args:
-        run: the run that the stage is in.
-        stage: the stage as written.
-        before: the stage's status as the last plan left it.
-        observed: what the body sees.
-        ready: whether every stage before this one is done.
-        finished: stage name -> artifact, of the stages that are done.
+        run: the run that contains the stage.
+        stage: the stage, as written.
+        before: its status from the last plan.
+        observed: what the body observes.
+        ready: whether all earlier stages are done.
+        finished: stage name -> artifact, for the stages that are done.
     """
     if not ready:
+        if before.state is StageState.SUSPENDED and not run.spec.suspend:
+            before = updated(before, state=StageState.PENDING)
         return _decision(run, stage, observed, inputs={}, digest=before.hash or "").wait(before)
     inputs = {slot: finished[source] for slot, source in stage.config.inputs().items()}
     digest = stage_hash(stage.config, seed=run.spec.seed, inputs={slot: ref.digest for slot, ref in inputs.items()})
@@ -61,9 +63,9 @@ def _decision(
 
 
 def _begin_again(before: StageStatus, digest: str) -> StageStatus:
-    """The spec or an input changed: forget the old result, but go on counting attempts, which name objects, and restarts.
+    """Drop the result of an old spec or input. Restart counts go on, and so do attempt numbers, which name objects.
 
-    A server's address stays: the old server answers there until the new one does.
+    A server keeps its address: the old one answers there until the new one does.
     """
     return StageStatus(
         name=before.name,

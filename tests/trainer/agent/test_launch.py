@@ -48,7 +48,7 @@ def test_a_task_has_a_python_of_its_own(pods):
             FaultClass.PROCESS,
             "RankKilled",
             1,
-            "rank 1 was ended by SIGKILL",
+            "rank 1 was killed by SIGKILL",
             ExitCode.PROCESS,
         ),
         (
@@ -56,7 +56,7 @@ def test_a_task_has_a_python_of_its_own(pods):
             FaultClass.PROCESS,
             "RankKilled",
             1,
-            "rank 1 was ended by SIGSEGV",
+            "rank 1 was killed by SIGSEGV",
             ExitCode.PROCESS,
         ),
         (
@@ -64,7 +64,7 @@ def test_a_task_has_a_python_of_its_own(pods):
             FaultClass.PROCESS,
             "RanksFailed",
             0,
-            "rank 0 ended with exit code 3 without a word; see the log",
+            "rank 0 exited with code 3 and left no outcome; see the log",
             ExitCode.PROCESS,
         ),
         (
@@ -118,9 +118,9 @@ def test_sessions_that_ranks_made_end_with_the_pod(pods, script):
 @pytest.mark.parametrize("victim", ["agent", "launcher", "agent, then launcher"])
 def test_nothing_is_left_whoever_is_killed(pods, victim):
     attempt = pods({"*": [["leave_a_session"], STEPS]})
-    attempt.wait_for(lambda: attempt.done() > 3)
+    # Agent, launcher, two ranks, and the session of each.
+    attempt.wait_for(lambda: attempt.done() > 3 and len(attempt.everything()) == 6)
     launcher = attempt.launcher()
-    assert len(attempt.everything()) == 6, "agent, launcher, two ranks, two sessions"
     for name in victim.split(", then "):
         (launcher if name == "launcher" else attempt.agent).send_signal(signal.SIGKILL)
     if victim == "agent, then launcher":
@@ -130,7 +130,7 @@ def test_nothing_is_left_whoever_is_killed(pods, victim):
     attempt.wait_for(lambda: attempt.everything() == [])
     if victim == "launcher":
         outcome = attempt.end()
-        assert (outcome.reason, outcome.message) == ("RankKilled", "the launcher of the ranks was ended by SIGKILL")
+        assert (outcome.reason, outcome.message) == ("RankKilled", "the launcher was killed by SIGKILL")
 
 
 def test_an_agent_that_is_killed_while_ranks_are_imported_leaves_nothing(pods):

@@ -34,9 +34,9 @@ def test_ranks_that_are_held_by_a_signal(pods, held):
         stop(attempt.rank(rank))
     outcome = stalled(attempt)
     assert outcome.rank == held[0]
-    assert outcome.step > 20
+    assert outcome.step > 0
     assert (
-        f"rank {held[0]} hangs, and is held by a signal: phase Running, {outcome.step} steps done, silent for 2 s"
+        f"rank {held[0]} hangs (stopped by a signal or debugger): phase Running, {outcome.step} steps done, silent for 2 s"
         in (outcome.message)
     )
     assert attempt.everything() == []
@@ -69,7 +69,7 @@ def test_the_rank_that_is_behind_is_the_one_that_hangs(pods):
 def test_a_rank_that_hangs_outside_of_its_steps(pods, phase):
     attempt = pods({"*": [["phase", phase, 0], ["deadlock"]]}, onStall="1s")
     outcome = stalled(attempt)
-    assert f"phase {phase}, 0 steps done, silent for 5 s, at most 5 s were expected" in outcome.message
+    assert f"phase {phase}, 0 steps done, silent for 5 s, limit 5 s" in outcome.message
 
 
 def test_a_launcher_that_is_held(pods):
@@ -77,14 +77,14 @@ def test_a_launcher_that_is_held(pods):
     attempt.wait_for(lambda: attempt.done() > 3)
     stop(attempt.launcher())
     outcome = stalled(attempt)
-    assert outcome.message.startswith("the launcher of the ranks hangs, and is held by a signal")
+    assert outcome.message.startswith("the launcher hangs (stopped by a signal or debugger)")
     assert attempt.everything() == []
 
 
 def test_imports_that_take_for_ever(pods):
     attempt = pods({"import": "takes for ever"}, onStall="1s")
     outcome = stalled(attempt)
-    assert outcome.message.startswith("the launcher of the ranks hangs: phase Starting")
+    assert outcome.message.startswith("the launcher hangs: phase Starting")
     assert "acts.py" in attempt.evidence()["stacks.txt"]
 
 
@@ -94,7 +94,7 @@ def test_the_pod_with_the_rank_that_hangs_is_the_one_that_says_so(pods):
     assert stalled(attempt, 1).rank == 3
     assert attempt.agents[0].poll() is None, "the other pod leaves it the time to be heard first"
     outcome = stalled(attempt, 0)
-    assert outcome.message.startswith("ranks 0, 1 hang, and wait for one another or for another pod")
+    assert outcome.message.startswith("ranks 0, 1 hang, waiting for one another or for another pod")
 
 
 def test_longer_steps_and_a_long_save_are_no_stalls(pods):

@@ -39,7 +39,7 @@ def test_held_ranks_are_not_waited_for(pods, held):
         stop(attempt.rank(rank))
     outcome = asked(attempt)
     assert (outcome.fault, outcome.reason) == (FaultClass.PROCESS, "KilledWhileStopping")
-    assert outcome.message.startswith("ranks 0, 1 did not answer the request to stop")
+    assert outcome.message.startswith("ranks 0, 1 did not answer the stop request")
     assert "memory" not in outcome.message
     assert attempt.agent.returncode == ExitCode.PROCESS
     assert attempt.everything() == []
@@ -92,5 +92,5 @@ def test_a_task_that_does_not_answer_was_stopped_with_nothing_lost(pods):
     attempt.wait_for(lambda: attempt.progress() is not None and attempt.progress().phase == "Running")
     outcome = asked(attempt)
     assert (outcome.fault, outcome.reason) == (FaultClass.STOPPED, "Stopped")
-    assert outcome.message.endswith("s after the request to stop; there was nothing to save")
+    assert outcome.message.endswith("s after the stop request; there was nothing to save")
     assert attempt.everything() == []

@@ -44,7 +44,7 @@ def test_a_shorter_report_leaves_nothing_of_a_longer_one():
 def test_what_does_not_fit_is_refused():
     slot = Board.create(1).slots[0]
     slot.report("before")
-    with pytest.raises(ValueError, match="more than a slot's"):
+    with pytest.raises(ValueError, match="exceed the slot's"):
         slot.report("x" * 40_000)
     assert (slot.counts, slot.progress) == ((1, 1), "before")
 

@@ -57,11 +57,11 @@ def test_success_names_the_artifact():
 @pytest.mark.parametrize(
     ("oom_kills", "reason", "message"),
     [
-        (None, "RankKilled", "rank 2 was ended by SIGKILL; if nobody did that, it may have run out of memory"),
-        (0, "RankKilled", "rank 2 was ended by SIGKILL"),
+        (None, "RankKilled", "rank 2 was killed by SIGKILL; if nobody did that, it may have run out of memory"),
+        (0, "RankKilled", "rank 2 was killed by SIGKILL"),
         (
             *(1, "OutOfMemory"),
-            "rank 2 ran out of memory, and the kernel killed it: raise compute.memory, or lower microBatchSize",
+            "rank 2 ran out of memory and was killed by the kernel: raise compute.memory, or lower microBatchSize",
         ),
     ],
     ids=["the kernel does not say", "the kernel did not", "the kernel did"],

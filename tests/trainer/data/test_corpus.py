@@ -231,7 +231,7 @@ def test_a_corpus_that_filters_to_nothing_says_which_field_dropped_how_many(tmp_
         clean_corpus(tmp_path, corpus_config(path, quality={"minWords": 1000}, minLanguageScore=0))
     assert str(caught.value) == (
         "corpus: no document is left: 8 documents read; languages dropped 6, noText dropped 1, minWords dropped 1; "
-        "loosen the field that dropped most, or name other sources"
+        "relax the field that dropped most, or add other sources"
     )
 
 

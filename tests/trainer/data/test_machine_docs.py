@@ -79,7 +79,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     done = gather(tmp_path)
     assert done.returncode == 2
-    assert f"--out: '{tmp_path}': is there and was not written by this command; name another folder" in done.stderr
+    assert f"--out: '{tmp_path}': exists and was not written by this command; name another folder" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

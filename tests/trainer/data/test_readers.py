@@ -86,7 +86,7 @@ def test_a_compressed_file_that_was_cut_short_is_named(tmp_path, suffix):
     lines = write_jsonl(tmp_path / "plain.jsonl", (prose(seed) for seed in range(50))).read_bytes()
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESSORS[suffix](lines)[:-20])
-    assert f"{path}: cut short or corrupt near byte" in failure(path)
+    assert f"{path}: truncated or corrupt near byte" in failure(path)
     assert "copy the file again" in failure(path)
 
 
@@ -191,7 +191,7 @@ def test_a_warc_file_that_was_cut_short_is_named_with_the_record_and_the_byte(tm
     path.write_bytes(content[: _cut_points(content)[place]])
     message = failure(path)
     assert f"{path}: record 4, at byte {content.rindex(b'WARC/1.0')} of the decompressed file" in message
-    assert "cut short" in message
+    assert "truncated" in message
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
@@ -199,7 +199,7 @@ def test_a_compressed_warc_file_that_was_cut_short_is_named_with_the_byte(tmp_pa
     path = write_warc(tmp_path / "a.warc.gz", [("200 OK", HTML, html_page(prose(seed))) for seed in range(20)])
     size = int(path.stat().st_size * kept)
     path.write_bytes(path.read_bytes()[:size])
-    assert f"{path}: cut short or corrupt near byte {size}" in failure(path)
+    assert f"{path}: truncated or corrupt near byte {size}" in failure(path)
 
 
 def test_a_file_that_is_no_archive_is_named(tmp_path):
@@ -239,12 +239,12 @@ def test_a_format_in_the_manifest_overrides_the_name(tmp_path):
 def test_a_source_that_is_not_there_is_named_by_its_field(tmp_path, name):
     (tmp_path / "other.txt").write_text("x")
     message = failure(tmp_path / name)
-    assert f"corpus.sources[0].uri: '{tmp_path / name}': no file and no folder with files is there" in message
+    assert f"corpus.sources[0].uri: '{tmp_path / name}': no file, and no folder with files" in message
 
 
 def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "raw").mkdir()
-    assert "no file and no folder with files is there" in failure(tmp_path / "raw")
+    assert "no file, and no folder with files" in failure(tmp_path / "raw")
 
 
 def test_files_in_s3_are_found_by_prefix_and_by_key(tmp_path, s3):

@@ -138,8 +138,8 @@ def test_the_split_is_decided_by_the_text_alone_and_in_the_stated_ratio():
 @pytest.mark.parametrize(
     ("ratio", "expected"),
     [
-        (0.0001, "shards.validationRatio: 0.0001: of 40 documents none is for validation; raise it"),
-        (0.9999, "shards.validationRatio: 0.9999: of 40 documents none is for training; lower it"),
+        (0.0001, "shards.validationRatio: 0.0001: none of 40 documents is for validation; raise it"),
+        (0.9999, "shards.validationRatio: 0.9999: none of 40 documents is for training; lower it"),
     ],
 )
 def test_an_empty_split_is_an_error(tmp_path, ratio, expected):

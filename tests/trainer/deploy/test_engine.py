@@ -55,7 +55,7 @@ def wait_for_output(capfd, word: str) -> str:
 def test_an_engine_that_ends_is_named_with_its_code_and_last_words(tmp_path):
     engine = start("print('first'); print('no such device'); raise SystemExit(3)", tmp_path)
     message = str(wait_until_dead(engine))
-    assert f"(process {engine.pid}) ended with exit code 3" in message
+    assert f"(process {engine.pid}) exited with code 3" in message
     assert message.endswith("first\nno such device")
 
 
@@ -63,7 +63,7 @@ def test_an_engine_that_is_killed_is_named_with_the_signal(tmp_path):
     engine = start("import time; time.sleep(600)", tmp_path)
     engine.check()
     os.kill(engine.pid, signal.SIGKILL)
-    assert "was ended by SIGKILL; if nobody did that, it may have run out of memory" in str(wait_until_dead(engine))
+    assert "was killed by SIGKILL; if nobody did that, it may have run out of memory" in str(wait_until_dead(engine))
 
 
 def test_long_logs_leave_room_for_what_happened(tmp_path):

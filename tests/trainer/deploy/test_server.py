@@ -102,7 +102,7 @@ def test_a_killed_engine_fails_the_attempt_by_name(deploy):
     assert deployment.agent.wait(30) == ExitCode.PROCESS
     outcome = deployment.outcome()
     assert (outcome.fault, outcome.reason) == (FaultClass.PROCESS, "EngineFailed")
-    assert f"{ENGINE} serve (process {engine.pid}) was ended by SIGKILL" in outcome.message
+    assert f"{ENGINE} serve (process {engine.pid}) was killed by SIGKILL" in outcome.message
 
 
 def test_in_a_pod_it_listens_where_the_service_looks_and_dies_with_a_killed_agent(deploy):

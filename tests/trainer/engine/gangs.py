@@ -56,7 +56,8 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     die_at: int | None = None
-    """The last rank kills itself while it reads the batch of this step (counted from 0)."""
+    """The last rank kills itself while it reads the batch of this step (counted from 0). Checkpoints that were begun
+    before the step before it are committed then, and no others."""
     die_before: str | None = None
     """Rank 0 is killed before a key that ends like this is stored."""
     die_after: str | None = None
@@ -66,10 +67,16 @@ class Run:
     held: str | None = None
     """Storing a key that ends like this on rank 0 lasts until the batch of step ``released_at`` is read."""
     released_at: int = 0
+    slow_while_held: bool = False
+    """Steps take half a second until then, and note in ``on-their-way`` how many checkpoints are."""
     stop_at: int | None = None
     """The last rank is asked to stop while it reads the batch of this step."""
     full_at: int | None = None
     """The last rank can write no file of more than 20 kB from this step on, as on a disk that is nearly full."""
+    room_at: int | None = None
+    """It can again from this step on."""
+    first_is_full: bool = False
+    """The first rank can write no file of more than 4 kB, from the first step on."""
     bucket_size: int | None = None
     """Parameters in a bucket whose gradients are reduced together; one bucket holds them all if None."""
     bad_steps: tuple[int, ...] = ()
@@ -92,6 +99,11 @@ def train(run: Run, layout: dict[str, int]) -> list[Ended]:
     """Train under a layout; what each rank ended with, by rank. A good rank ends with ``Trained``."""
     world = layout["tensor"] * layout["pipeline"] * layout["data"]
     return gang(train_rank, world, run, layout)
+
+
+def began(run: Run) -> list[int]:
+    """The first step of every attempt so far, those that were killed included."""
+    return [int(path.read_text()) for path in sorted(run.folder.glob("began-*"))]
 
 
 def losses(run: Run, layout: dict[str, int]) -> list[float]:
@@ -149,7 +161,8 @@ def _rank(
     try:
         ended = Ended(value=work(rank, world, *args))
     except Exception as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # a file too
+            traceback.print_exc()
         ended = Ended(error=type(error).__name__, message=str(error))
     sender.send_bytes(pickle.dumps(ended))
     os._exit(0)
@@ -222,6 +235,7 @@ def train_rank(rank: int, world: int, run: Run, layout: dict[str, int]) -> Train
     def to_the_end(loop: Any, ctx: Any, card: Any) -> Trained:
         loop.resume()
         first_step = loop.step
+        (run.folder / f"began-{run.attempt:02d}").write_text(str(first_step))
         loop.run()
         leave_model(ctx.output, loop, card)
         return Trained(
@@ -260,7 +274,7 @@ def joined(rank: int, world: int, run: Run, layout: dict[str, int], work: Callab
         sequence_length=run.length,
         precision=config.precision,
     )
-    training = Synthetic(run, at=_trouble(run, ctx, is_last=rank == world - 1))
+    training = Synthetic(run, at=_trouble(run, ctx, is_last=rank == world - 1, loop_of=lambda: loop))
     with join_gang(axes, rank=rank, local_rank=local_rank, local_world=local_world, seed=run.seed) as ranks:
         loop = build_loop(ctx, ranks, card, training=training, validation=Synthetic(run, offset=1))
         if rank == 0:
@@ -281,24 +295,51 @@ class _NotANumber:
         return replace(batch, mask_BT=batch.mask_BT * math.nan) if self._loop.step in self._run.bad_steps else batch
 
 
-def _trouble(run: Run, ctx: Any, *, is_last: bool) -> Callable[[int], None]:
+def _trouble(run: Run, ctx: Any, *, is_last: bool, loop_of: Callable[[], Any]) -> Callable[[int], None]:
     def at(index: int) -> None:
+        if run.die_at is not None:
+            # So that the step of a commit does not depend on how busy the machine is.
+            saves = loop_of().checkpointer
+            _wait(lambda: saves.ready or not saves.is_saving)
         if is_last and run.die_at is not None and index >= run.die_at * BATCH:
+            begun = loop_of()._saved_step
+            if saves.is_saving and begun < loop_of().step:  # every rank has written, and the first one commits
+                _wait(lambda: any(run.folder.rglob(f"step-{begun:08d}-a{run.attempt}/checkpoint.json")))
             os.kill(os.getpid(), signal.SIGKILL)
         if is_last and run.stop_at is not None and index >= run.stop_at * BATCH:
             (ctx.scratch / "stop").touch()
         if run.held is not None and index >= run.released_at * BATCH:
             (run.folder / "released").touch()
+        elif run.held is not None and run.slow_while_held:
+            time.sleep(0.05)
+            begun = len([p for p in (ctx.scratch / "checkpoints").glob("step-*") if p.is_dir()])
+            (run.folder / "on-their-way").write_text(str(begun))
         if is_last and run.full_at is not None and index >= run.full_at * BATCH:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            has_room = run.room_at is not None and index >= run.room_at * BATCH
+            _limit_files(None if has_room else 20_000)
+        if run.first_is_full and ctx.rank == 0:
+            _limit_files(4000)
 
     return at
+
+
+def _limit_files(size: int | None) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+def _wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not until():
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.02)
 
 
 def _trouble_in_storage(run: Run, store: Any) -> None:
     rank = os.getpid()
 
     def kill(pid: int) -> None:
+        (run.folder / "writer").write_text(str(os.getpid()))
         os.kill(pid, signal.SIGKILL)
         time.sleep(60)  # the fork of a rank that is dead dies too
 

@@ -3,12 +3,16 @@
 import hashlib
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headrace_trainer.engine.checkpoint.manifest import folder_name, newest_first
+from headrace_api.artifact import ArtifactFile
+from headrace_trainer.engine.checkpoint.manifest import Axes, CheckpointManifest, folder_name, newest_first
+from headrace_trainer.engine.checkpoint.store import CheckpointStore
+from headrace_trainer.storage import DirectoryStore
 from trainer.engine.gangs import TP1, TP2, Run, train
 
 
@@ -161,6 +165,40 @@ def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
     run = Run(folder=tmp_path, steps=9, every=2, overrides={"checkpoint": {"every": 2, "keep": 2}})
     assert train(run, TP1)[0].error == ""
     assert folders(run) == ["step-00000008-a1", "step-00000009-a1"]
+
+
+def test_an_attempt_that_was_taken_for_dead_removes_nothing_of_a_later_one(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+
+    def commit(step: int, attempt: int) -> None:
+        folder = CheckpointStore(store, "checkpoints")
+        name = folder.new_name(step, attempt)
+        store.put_bytes(folder.key(name, "__0_0.distcp"), b"weights")
+        folder.commit(name, manifest(step, attempt), keep=1)
+
+    commit(4, 2)
+    store.put_bytes("checkpoints/step-00000006-a2/__0_0.distcp", b"on its way")
+    commit(6, 1)
+    commit(8, 1)
+    assert store.exists("checkpoints/step-00000004-a2/checkpoint.json")
+    assert store.exists("checkpoints/step-00000006-a2/__0_0.distcp")
+    assert not store.exists("checkpoints/step-00000006-a1/checkpoint.json"), "its own are removed as ever"
+    commit(9, 2)
+    assert {info.key.split("/")[1] for info in store.list("checkpoints/")} == {"step-00000009-a2"}
+
+
+def manifest(step: int, attempt: int) -> CheckpointManifest:
+    return CheckpointManifest(
+        stage="base",
+        identity={},
+        attempt=attempt,
+        step=step,
+        steps=100,
+        consumed_samples=step,
+        layout=Axes(tensor=1, pipeline=1, data=1),
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        files=[ArtifactFile(path="__0_0.distcp", bytes=7, sha256=hashlib.sha256(b"weights").hexdigest())],
+    )
 
 
 def test_a_finished_run_has_only_its_model_to_deliver(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def save_without_gathers(rank: int, world: int, run: Run, layout: dict[str, int]
     def saved(loop: Any, _ctx: Any, _card: Any) -> list[int]:
         for name in ("all_gather", "all_gather_into_tensor", "gather"):
             setattr(dist, name, refuse)
+        (run.folder / "saved").mkdir(exist_ok=True)
         write = StateWriter(loop.state).begin(run.folder / "saved")
         write.write()
         dist.barrier()

@@ -38,6 +38,8 @@ def scores(model: Any, batches: list[Any]) -> Any:
 class Regression:
     """Scores are to be 1 at the last token of each document."""
 
+    METRICS = ()
+
     def forward(self, model: Any, batch: Any) -> tuple[Any, Callable[[Any], Any]]:
         import torch
 

@@ -1,1 +1,1 @@
-"""One supervisor a pod: it starts the ranks, watches them, passes signals on, and says how it ended."""
+"""One supervisor per pod: starts the ranks, watches them, forwards stop requests and writes the outcome."""

@@ -6,10 +6,10 @@ import sys
 
 
 def main() -> int:
-    """Supervise; until then there is nothing to save, and being asked to stop ends the process with ``ExitCode.STOPPED``."""
-    # Before the imports and the first look at storage: a container's first process does not die of a signal that it has
-    # no handler for, and a pod deleted now would stay for its whole grace period. Not sys.exit: an import or a finalizer
-    # that the signal meets may swallow the exception, and the request with it.
+    """Supervise. Until that begins there is nothing to save, so SIGTERM exits at once with ``ExitCode.STOPPED``."""
+    # Set before the imports and the first storage access: PID 1 of a container ignores signals without a handler, so a
+    # pod deleted now would linger for its whole grace period. Not sys.exit: if the signal lands in an import or a
+    # finalizer, the exception may be swallowed and the request lost.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
     from headrace_trainer.agent.supervise import main as supervise
 

@@ -1,7 +1,7 @@
-"""What explains a hang: the stacks of every rank of the pod, its heartbeats, its processes, NCCL's flight record.
+"""Evidence of a hang: every rank's stacks, heartbeats and processes, and NCCL's flight records.
 
-In: the ranks, before they are killed. Out: files below the scratch folder, and in storage under
-``<stage>/evidence/attempt-<n>/pod-<i>/``. None of it can fail a restart, or delay it by more than some seconds.
+In: the ranks, before they are killed. Out: files in the scratch folder, and in storage under
+``<stage>/evidence/attempt-<n>/pod-<i>/``. Nothing here fails a restart or delays it by more than about 25 s.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ log = logging.getLogger("headrace.agent")
 
 
 def read_stacks(pids: Mapping[int, int], scratch: Path, *, first: int) -> dict[int, str]:
-    """The Python stacks of every rank; empty where neither a look from outside nor the rank itself gave them.
+    """Every rank's Python stacks; empty for a rank that neither py-spy nor the rank itself could dump.
 
     Args:
         pids: rank -> process id.
         scratch: the pod's scratch folder.
-        first: the number of the pod's first rank.
+        first: number of the pod's first rank.
     """
     stacks = _look_from_outside(pids)
     silent = {rank: pid for rank, pid in pids.items() if not stacks[rank]}
@@ -53,7 +53,7 @@ def read_stacks(pids: Mapping[int, int], scratch: Path, *, first: int) -> dict[i
 
 
 def waits_in_collective(stacks: str) -> bool | None:
-    """Whether a rank's main thread is in torch.distributed; None where there is no stack."""
+    """Whether a rank's main thread is in torch.distributed; None without a stack."""
     if not stacks:
         return None
     main = stacks.partition('"MainThread"')[2].partition("\nThread ")[0]
@@ -61,7 +61,7 @@ def waits_in_collective(stacks: str) -> bool | None:
 
 
 def _look_from_outside(pids: Mapping[int, int]) -> dict[int, str]:
-    """By py-spy, which also reads processes that are stopped. The kernel may refuse it, as in hardened pods."""
+    """Dump stacks with py-spy, which also reads stopped processes. The kernel may deny it, as in hardened pods."""
     program = shutil.which(
         "py-spy", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     )
@@ -92,10 +92,10 @@ def _output(look: "subprocess.Popen[str]", *, deadline: float) -> str:
 
 
 def _ask(pids: Mapping[int, int], scratch: Path, *, first: int) -> dict[int, str]:
-    """By a signal that each rank answers with its stacks, unless it is stopped."""
+    """Send each rank a signal that makes it dump its stacks, unless it is stopped."""
     files = {rank: stacks_file(scratch, rank - first) for rank in pids}
     for rank, pid in pids.items():
-        if files[rank].exists():  # else it has not come to the point where the signal would not end it
+        if files[rank].exists():  # otherwise no handler is installed yet, and the signal would kill the rank
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, STACK_SIGNAL)
     _wait(lambda: all(_text(file) for file in files.values()), seconds=_ANSWER_SECONDS)
@@ -103,7 +103,7 @@ def _ask(pids: Mapping[int, int], scratch: Path, *, first: int) -> dict[int, str
 
 
 def describe_processes(pids: Mapping[int, int]) -> str:
-    """What the kernel says of each rank, and the processes that it has started."""
+    """Each rank's state according to the kernel, and its child processes."""
     lines = []
     for rank, pid in pids.items():
         lines.append(f"rank {rank}, process {pid}")
@@ -117,11 +117,11 @@ def describe_processes(pids: Mapping[int, int]) -> str:
 def _describe(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error), process.oneshot():
         return f"{process.pid} (parent {process.ppid()}) {process.status()} {' '.join(process.cmdline())[:200]}"
-    return f"{process.pid}, which has ended"
+    return f"{process.pid}, which has exited"
 
 
 def heartbeats(ranks: Sequence[Late], pids: Mapping[int, int], progress: Mapping[int, str | None]) -> str:
-    """The last heartbeats, as JSON."""
+    """The latest heartbeats as JSON."""
     entries = [
         {**asdict(late), "pid": pids.get(late.rank), "progress": json.loads(progress.get(late.rank) or "null")}
         for late in ranks
@@ -130,10 +130,10 @@ def heartbeats(ranks: Sequence[Late], pids: Mapping[int, int], progress: Mapping
 
 
 def read_flight_records(scratch: Path, ranks: Sequence[int]) -> dict[str, bytes]:
-    """NCCL's flight records, where ranks have one: they are asked for by way of its pipes."""
+    """NCCL's flight records, requested through each rank's pipe, where there is one."""
     folder, asked = scratch / EVIDENCE, False
     for pipe in (scratch / f"nccl-pipe-{rank}.pipe" for rank in ranks):
-        with contextlib.suppress(OSError):  # no rank is at the other end
+        with contextlib.suppress(OSError):  # no rank has the pipe open
             fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             os.write(fd, b"1")
             os.close(fd)
@@ -151,21 +151,21 @@ def keep(files: Mapping[str, bytes], folder: Path) -> None:
         for name, data in files.items():
             (folder / name).write_bytes(data)
     except OSError as error:
-        log.warning("evidence was not kept in %s: %s", folder, error)
+        log.warning("failed to save evidence in %s: %s", folder, error)
 
 
 def shorten(text: str) -> bytes:
-    """A text as bytes, cut to the most that one file of evidence may have."""
+    """Encode a text, truncated to the limit for one evidence file."""
     return text.encode()[:_TEXT_BYTES]
 
 
 def upload(
     files: Mapping[str, bytes], resolved: ResolvedStage, *, index: int, open_store: Callable[[], ObjectStore]
 ) -> str | None:
-    """Store evidence, and remove that of all but the newest attempts.
+    """Upload evidence, and delete that of all but the newest attempts.
 
     Returns:
-        Where it is; None if storage failed, or was not done in time: it is not waited for any longer then.
+        Where it is; None if the upload failed or took too long. A slow upload is abandoned.
     """
     root, done = f"{resolved.stage.name}/{EVIDENCE}", threading.Event()
     key = f"{root}/attempt-{resolved.attempt}/pod-{index}"
@@ -178,7 +178,7 @@ def upload(
             done.set()
             _prune(store, root)
         except Exception as error:  # nothing here may change how the attempt ends
-            log.warning("evidence was not stored: %s", error)
+            log.warning("failed to upload evidence: %s", error)
 
     thread = threading.Thread(target=store_all, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""The agent's end of the launcher: start it, let the ranks start, hear which of them ended and how, end everything."""
+"""The agent's side of the launcher: start it, release the ranks, learn how each ended, kill everything."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from headrace_trainer.processes import adopt_orphans, kill_tree, reap
 from headrace_trainer.stage import EVIDENCE
 
 _NCCL_EVENTS = 2000
-"""Collectives that NCCL's flight recorder keeps for each rank."""
+"""Collectives per rank kept by NCCL's flight recorder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +27,20 @@ class Ended:
     """How a rank, or the launcher, ended."""
 
     rank: int | None
-    """The number in the gang; None for the launcher."""
+    """Global rank; None for the launcher."""
     code: int
-    """The exit code; negative for a signal."""
+    """Exit code; negative for a signal."""
 
 
 class Launch:
-    """One launch of a pod's ranks. Used as a context: at its end nothing is left of them.
+    """One launch of a pod's ranks, as a context manager. On exit none of their processes is left.
 
     Attributes:
-        plan: which ranks.
-        slots: where each of them reports, by number in the gang.
-        pids: process ids of the ranks that were started and have not ended, by number in the gang.
-        ended: ranks that have ended, the first one first.
-        error: what kept the launcher from starting ranks, as (type, message); None otherwise.
+        plan: the pod's ranks.
+        slots: each rank's slot on the board, by global rank.
+        pids: process ids of the live ranks, by global rank.
+        ended: the ranks that have ended, in order.
+        error: why the launcher could not start the ranks, as (type, message), or None.
     """
 
     def __init__(self, stage_file: Path, resolved: ResolvedStage, settings: Settings) -> None:
@@ -65,17 +65,16 @@ class Launch:
 
     @property
     def launcher(self) -> int:
-        """The launcher's process id."""
         return self._launcher.pid
 
     def start_ranks(self) -> None:
-        """Let the ranks start, as soon as the launcher has imported what they need."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended already, which poll tells
+        """Let the ranks start as soon as the launcher has finished its imports."""
+        with contextlib.suppress(BrokenPipeError):  # it has exited already; poll reports that
             self._control.sendall(b"g")
         self._control.setblocking(False)
 
     def poll(self) -> bool:
-        """Hear what happened; whether the launcher, and so every rank, has ended."""
+        """Read the launcher's messages. Returns whether the launcher, and so every rank, has ended."""
         over = self._launcher.poll() is not None
         self._hear()
         if over and self._launcher.returncode != 0 and self.error is None:
@@ -83,7 +82,7 @@ class Launch:
         return over
 
     def kill(self) -> None:
-        """Kill the launcher, the ranks, and whatever any of them started."""
+        """Kill the launcher, the ranks and everything they started."""
         kill_tree(os.getpid())
         self._launcher.wait()
         reap()
@@ -117,10 +116,9 @@ class Launch:
 
 
 def plan_ranks(resolved: ResolvedStage, *, index: int) -> Ranks:
-    """Which ranks a pod has.
+    """The ranks of a pod.
 
-    The pod's index decides their numbers, so that a rank has the same number, and with it the same part of the model,
-    in every attempt.
+    Numbered by the pod's index, so that a rank keeps its number, and with it its part of the model, in every attempt.
     """
     stage = resolved.stage
     if stage.config.RUNS_AS is not RunsAs.GANG:
@@ -134,28 +132,28 @@ def plan_ranks(resolved: ResolvedStage, *, index: int) -> Ranks:
 
 
 def rank_environment(resolved: ResolvedStage, settings: Settings, *, board: Board) -> dict[str, str]:
-    """The ranks' environment: the agent's, with what keeps libraries from the network and threads from each other."""
+    """The ranks' environment: the agent's, with libraries kept offline and threads divided among the ranks."""
     env = dict(os.environ)
     env["HEADRACE_SCRATCH"] = str(settings.scratch)
     env["JOB_COMPLETION_INDEX"] = str(settings.index)
     env[BOARD_VARIABLE] = f"/proc/self/fd/{board.fd}"
     env["MASTER_ADDR"], env["MASTER_PORT"] = settings.master_addr, str(settings.master_port)
     env.setdefault("OMP_NUM_THREADS", str(default_threads(resolved.stage.compute.ranks)))
-    env["TMPDIR"] = str(settings.scratch)  # what libraries leave goes with the attempt
+    env["TMPDIR"] = str(settings.scratch)  # so that libraries' leftovers go with the attempt
     env["HF_HUB_OFFLINE"] = "1"
     env["TOKENIZERS_PARALLELISM"] = env.get("TOKENIZERS_PARALLELISM", "true")
     env["PYTHONUNBUFFERED"] = "1"
     if resolved.stage.config.RUNS_AS is RunsAs.GANG:
-        env.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would be there before the ranks are forked
+        env.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would start before the ranks are forked
     if resolved.stage.compute.gpus_per_node:
         env |= flight_recorder(settings.scratch)
     return env
 
 
 def flight_recorder(scratch: Path) -> dict[str, str]:
-    """Variables that make NCCL keep its newest collectives, and write them down when one of them is late.
+    """Variables that make NCCL record its latest collectives and dump them when one times out.
 
-    Both names of each: torch 2.11 reads the older ones.
+    Each under both names: torch 2.11 reads the older ones.
     """
     where = str(scratch / EVIDENCE / "nccl-")
     return {

@@ -1,9 +1,9 @@
-"""The launcher: imports what every rank needs once, then forks the ranks, and says how each of them ended.
+"""The launcher imports what every rank needs once, forks the ranks, and reports how each one ended.
 
-``python -m headrace_trainer.agent.launcher FD STAGE_FILE RANKS``; the agent starts it, and holds the other end of the
-socket FD. One JSON object a line goes to the agent; one line comes from it, when the ranks may start: until then the
-agent looks whether there is anything to do at all. The launcher is the ranks' parent for as long as they live. It
-adopts what they leave behind, kills all of it when the last rank has ended, and everything at once when the agent dies.
+``python -m headrace_trainer.agent.launcher FD STAGE_FILE RANKS``. The agent starts it and holds the other end of the
+socket FD. The launcher sends one JSON object per line; the agent sends one byte, when the ranks may start: during the
+imports it checks whether there is anything to do at all. The launcher stays the ranks' parent. It adopts their orphans,
+kills those when the last rank has ended, and kills everything at once if the agent dies.
 """
 
 import contextlib
@@ -31,20 +31,20 @@ class Ranks:
     """The ranks of one pod."""
 
     module: str | None
-    """What to import before the ranks are forked. None gives each rank a Python of its own, as does what a fork would
-    break: threads, whose locks stay locked in the child, and a CUDA that has been started."""
+    """What to import before forking the ranks. None gives each rank its own Python process; so does anything a fork
+    would break: threads, whose locks stay locked in the child, or an initialised CUDA."""
     count: int
     first: int
-    """The number of the pod's first rank in the gang."""
+    """Global rank of the pod's first rank."""
     world: int
-    """Ranks of the gang; 0 where ranks know nothing of one another."""
+    """Ranks in the gang; 0 if ranks are independent."""
 
 
 def main(argv: list[str]) -> None:
-    """Import, wait for the word, fork, and stay until the last rank has ended."""
+    """Import, wait for the go-ahead, fork, and stay until the last rank has ended."""
     control, stage_file = socket.socket(fileno=int(argv[0])), argv[1]
     plan = Ranks(**json.loads(argv[2]))
-    # Nothing has been started yet that would have to be killed first.
+    # Safe here: there are no children yet that would outlive this process.
     die_with_parent()
     name_process("launcher")
     if plan.module is not None:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def _import(module: str, control: socket.socket) -> None:
-    """Import a module and what it needs; a failure is told and ends this process."""
+    """Import a module. On failure, report it to the agent and exit."""
     os.environ[_LOOK_WITHOUT_STARTING_CUDA] = "1"
     try:
         importlib.import_module(module)
@@ -71,7 +71,7 @@ def _import(module: str, control: socket.socket) -> None:
         sys.exit(_FAILED)
     del os.environ[_LOOK_WITHOUT_STARTING_CUDA]
     gc.collect()
-    gc.freeze()  # what was imported is never garbage: the ranks' collectors need not touch, and so copy, its pages
+    gc.freeze()  # imports are never garbage: keeps the ranks' collectors from touching, and so copying, their pages
 
 
 def _start(plan: Ranks, i: int, stage_file: str, control: socket.socket) -> int:
@@ -102,7 +102,7 @@ def _become_rank(plan: Ranks, i: int, stage_file: str, *, parent: int, alone: bo
         }
     is_fit = plan.module is not None and alone and _can_use_cuda()
     if plan.module is not None and not is_fit:
-        print("threads or CUDA were started while importing: this rank imports once more", file=sys.stderr, flush=True)
+        print("an import started threads or CUDA: this rank imports again", file=sys.stderr, flush=True)
     if not is_fit:
         os.execv(sys.executable, [sys.executable, "-m", "headrace_trainer.stage", stage_file])
     from headrace_trainer.stage import main as run_rank
@@ -111,7 +111,7 @@ def _become_rank(plan: Ranks, i: int, stage_file: str, *, parent: int, alone: bo
 
 
 def _can_use_cuda() -> bool:
-    """Whether a forked rank can: not if something that was imported has started CUDA before the fork."""
+    """Whether a forked rank can use CUDA: not if an import initialised it before the fork."""
     if "torch" not in sys.modules:
         return True
     import torch
@@ -122,7 +122,7 @@ def _can_use_cuda() -> bool:
 
 
 def _stay(control: socket.socket, wake: int, pids: dict[int, int]) -> None:
-    """Tell of every rank that ends; return when all have, or when the agent is gone."""
+    """Report every rank that ends. Returns when all have, or when the agent is gone."""
     while pids:
         readable, _, _ = select.select([control, wake], [], [])
         if control in readable and not control.recv(1):
@@ -136,7 +136,7 @@ def _stay(control: socket.socket, wake: int, pids: dict[int, int]) -> None:
 
 
 def _wake_on_child() -> int:
-    """A file descriptor that can be read when a child has ended."""
+    """A file descriptor that becomes readable when a child ends."""
     readable, writable = os.pipe()
     os.set_blocking(readable, False)
     os.set_blocking(writable, False)
@@ -146,10 +146,10 @@ def _wake_on_child() -> int:
 
 
 def _tell(control: socket.socket, **said: Any) -> None:
-    with contextlib.suppress(OSError):  # the agent is gone, which the next look at the socket tells
+    with contextlib.suppress(OSError):  # the agent is gone; the next select notices
         control.sendall(json.dumps(said).encode() + b"\n")
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    os._exit(0)  # what was imported has nothing to say at its end, and some of it would
+    os._exit(0)  # skips the imported libraries' exit handlers, some of which print

@@ -1,16 +1,16 @@
-"""Whether the kernel killed something of this pod for want of memory: it counts that for each control group."""
+"""OOM detection: the kernel counts OOM kills per control group."""
 
 from pathlib import Path
 
 _FILES = {"": "memory.events", "memory": "memory.oom_control"}
-"""Controller, as ``/proc/self/cgroup`` names it -> the file with the count: version 2, and version 1."""
+"""Controller as named in ``/proc/self/cgroup`` -> the file with the count, for cgroup v2 and v1."""
 
 
 def oom_kills(root: Path = Path("/")) -> int | None:
-    """How many processes of this control group the kernel has killed for want of memory; None where it does not say.
+    """How many processes in this control group the OOM killer has killed; None if the kernel does not say.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: the parent of ``proc`` and ``sys``.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -21,7 +21,7 @@ def oom_kills(root: Path = Path("/")) -> int | None:
         for controller in controllers.split(","):
             if controller in _FILES:
                 mount = root / "sys/fs/cgroup" / controller
-                # In a container the path may be the host's, of which only the lowest folder is mounted.
+                # In a container the path may be the host's, of which only the innermost folder is mounted.
                 for folder in (mount / path.lstrip("/"), mount):
                     count = _count(folder / _FILES[controller])
                     if count is not None:

@@ -11,16 +11,16 @@ _LABELS = ("namespace", "run", "stage")
 
 
 class AgentMetrics:
-    """Gauges of the newest heartbeat, labelled with namespace, run and stage."""
+    """Gauges of the latest heartbeat, labelled by namespace, run and stage."""
 
     def __init__(self, resolved: ResolvedStage, settings: Settings) -> None:
         self.registry = CollectorRegistry()
         self._labels = (resolved.namespace, resolved.run, resolved.stage.name)
         self._gauges = {
             "done": self._gauge("headrace_trainer_done", "Finished units of the stage: steps, documents or tokens."),
-            "total": self._gauge("headrace_trainer_planned", "Units that the stage has to do."),
-            "loss": self._gauge("headrace_trainer_loss", "Newest training loss, in nats a token."),
-            "tokens_per_second": self._gauge("headrace_trainer_tokens_per_second", "Throughput of all ranks."),
+            "total": self._gauge("headrace_trainer_planned", "Units that the stage will do in total."),
+            "loss": self._gauge("headrace_trainer_loss", "Latest training loss, in nats per token."),
+            "tokens_per_second": self._gauge("headrace_trainer_tokens_per_second", "Throughput over all ranks."),
         }
         self._heartbeat = self._gauge("headrace_trainer_last_heartbeat_timestamp_seconds", "When a rank last reported.")
         self._checkpoint = self._gauge(
@@ -30,7 +30,7 @@ class AgentMetrics:
             start_http_server(settings.metrics_port, registry=self.registry)
 
     def update(self, progress: Progress) -> None:
-        """Take over a heartbeat."""
+        """Update the gauges from a heartbeat."""
         for name, gauge in self._gauges.items():
             value = getattr(progress, name)
             if value is not None:

@@ -1,4 +1,4 @@
-"""Progress out of the pod: the newest report of rank 0 to the operator, or to a file that the local body reads."""
+"""Sends the pod's progress: rank 0's latest report, to the operator or to a file that the local body reads."""
 
 import logging
 import threading
@@ -20,9 +20,9 @@ log = logging.getLogger("headrace.agent")
 
 
 class Reporter:
-    """Sends a pod's progress from a thread of its own, so that a silent operator keeps nobody waiting.
+    """Sends progress from its own thread, so that an unresponsive operator blocks nobody.
 
-    Losing a report is harmless: the next one replaces it.
+    A lost report does no harm: the next one replaces it.
     """
 
     def __init__(self, resolved: ResolvedStage, settings: Settings) -> None:
@@ -34,18 +34,18 @@ class Reporter:
         self._newest: Progress | None = None
         self._sent: Progress | None = None
         self._last = False
-        if self._url and settings.index == 0:  # only the pod with index 0 speaks
+        if self._url and settings.index == 0:  # only pod 0 reports
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
 
     def send(self, progress: Progress) -> None:
-        """Send a report, if it is news, when the last one is long enough ago."""
+        """Queue a report. It is sent if it is new, at most once per interval."""
         with self._news:
             self._newest = progress
             self._news.notify()
 
     def finish(self, outcome: Outcome) -> None:
-        """Send at once what the ranks said last, so that a checkpoint made while stopping is known."""
+        """Send the last report at once, so that a checkpoint saved while stopping becomes known."""
         with self._news:
             if self._newest is not None:
                 phase = "Done" if outcome.fault is None else "Stopped"
@@ -80,7 +80,7 @@ class Reporter:
             text = progress.model_dump_json(by_alias=True, exclude_none=True)
             write_atomically(Path(self._url.removeprefix("file://")), text)
         except OSError as error:
-            log.warning("progress was not written: %s", error)
+            log.warning("failed to write progress: %s", error)
             return False
         return True
 
@@ -91,10 +91,10 @@ class Reporter:
                 headers["Authorization"] = f"Bearer {self._settings.token_file.read_text().strip()}"
             answer = self._http.request("POST", self._url, body=self._envelope(progress), headers=headers)
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            log.warning("progress was not reported: %s", error)
+            log.warning("failed to report progress: %s", error)
             return False
         if answer.status >= 300:
-            log.warning("progress was refused: %s %s", answer.status, answer.data[:200].decode(errors="replace"))
+            log.warning("progress report rejected: %s %s", answer.status, answer.data[:200].decode(errors="replace"))
         return answer.status < 300
 
     def _envelope(self, progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""What the body tells an agent through the environment."""
+"""The agent's settings, passed by the body through the environment."""
 
 import os
 import socket
@@ -12,15 +12,15 @@ class Settings:
     """One pod's place in the gang, and where it writes."""
 
     scratch: Path
-    """A folder of this node that the attempt has for itself; it is emptied at the start and removed at the end."""
+    """A folder on this node for this attempt alone; emptied at the start, removed at the end."""
     termination_file: Path
     index: int
-    """The pod's index in the gang."""
+    """The pod's completion index."""
     master_addr: str
     master_port: int
     node: str
     grace_seconds: float
-    """Time between the request to stop and the end by force; below the pod's grace period."""
+    """Time from the stop request to SIGKILL; less than the pod's grace period."""
     metrics_port: int | None
     token_file: Path | None
     """A projected token for the progress endpoint."""
@@ -43,5 +43,5 @@ class Settings:
 
 
 def default_threads(ranks: int) -> int:
-    """OpenMP threads a rank, so that a pod's ranks share its processors."""
+    """OpenMP threads per rank, so that a pod's ranks share its cores."""
     return max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -1,7 +1,7 @@
-"""What is done about ranks that are late: look at them, keep the evidence, and say which one hangs.
+"""Handles late ranks: inspects them, saves the evidence, and identifies the one that hangs.
 
-In: a ``Watch`` and the processes. Out: an ``Outcome`` of class ``stall`` once it is sure; then the agent kills the
-ranks, and the attempt that follows goes on from the checkpoint.
+In: a ``Watch`` and the processes. Out: a ``stall`` outcome once it is certain. The agent then kills the ranks, and the
+next attempt resumes from the checkpoint.
 """
 
 import logging
@@ -20,15 +20,15 @@ from headrace_trainer.stage import EVIDENCE
 from headrace_trainer.storage import open_store
 
 _OTHER_POD_SECONDS = 15.0
-"""For the pod with the rank that hangs to say so first, where a pod's own ranks all wait for others."""
+"""If all of a pod's ranks wait for others, the pod with the hung rank gets this long to report it first."""
 _IDLE_SHARE = 0.01
-"""Of a processor's time: a silent task that uses less does nothing."""
+"""A silent task that uses less than this share of a core is doing nothing."""
 
 log = logging.getLogger("headrace.agent")
 
 
 class Stalls:
-    """Looks after one pod's late ranks."""
+    """Handles the late ranks of one pod."""
 
     def __init__(self, resolved: ResolvedStage, settings: Settings, launch: Launch, watch: Watch) -> None:
         self._resolved, self._settings, self._launch, self._watch = resolved, settings, launch, watch
@@ -37,7 +37,7 @@ class Stalls:
         self._found_at = 0.0
 
     def verdict(self) -> Outcome | None:
-        """Why the ranks must be killed now; None while none of them hangs for certain."""
+        """Why the ranks must be killed now; None until a hang is certain."""
         if not self._late():
             self._found = None
             return None
@@ -50,14 +50,14 @@ class Stalls:
         return None if is_told_elsewhere else self._found
 
     def _late(self) -> list[Late]:
-        """Ranks that are late, without those that only work in silence."""
+        """Late ranks, except tasks that are silent but working."""
         late = self._watch.late()
         if self._resolved.stage.config.RUNS_AS is RunsAs.GANG:
-            return late  # what waits for others may be as busy as what computes
+            return late  # a rank that waits for its peers may be as busy as one that computes
         return [entry for entry in late if not self._works(entry)]
 
     def _works(self, late: Late) -> bool:
-        """Whether a rank has used the processor since the last time that it was late; then its time begins again."""
+        """Whether a task has used the CPU since it was last late; if so, its timer restarts."""
         pid = self._launch.pids.get(late.rank, self._launch.launcher)
         spent = cpu_seconds(pid) - self._cpu_seconds.get(late.rank, 0.0)
         if is_stopped(pid) or spent < _IDLE_SHARE * late.seconds:
@@ -67,7 +67,7 @@ class Stalls:
         return True
 
     def _look_into_it(self) -> tuple[Outcome, bool]:
-        """Keep the evidence; what it says, and whether that is certain without hearing other pods."""
+        """Save the evidence. Returns the outcome, and whether it is certain without waiting for other pods."""
         late = self._watch.late()
         pids = dict(self._launch.pids)
         if any(entry.rank == LAUNCHER for entry in late):
@@ -113,20 +113,20 @@ def describe(late: Sequence[Late], found: Look | None, *, evidence: str) -> Outc
     """The outcome of a stall.
 
     Args:
-        late: the ranks that are late, the one that has been so for longest first; not empty.
-        found: the rank that the others wait for, if one could be told.
-        evidence: where it is.
+        late: the late ranks, longest first; not empty.
+        found: the rank that the others wait for, if it could be identified.
+        evidence: where the evidence is.
     """
     worst = next((entry for entry in late if found is not None and entry.rank == found.rank), late[0])
     ranks = sorted(entry.rank for entry in late)
     if found is not None or len(ranks) == 1:
-        who = "the launcher of the ranks hangs" if worst.rank == LAUNCHER else f"rank {worst.rank} hangs"
+        who = "the launcher hangs" if worst.rank == LAUNCHER else f"rank {worst.rank} hangs"
     else:
-        who = f"ranks {', '.join(map(str, ranks))} hang, and wait for one another or for another pod"
-    held = ", and is held by a signal" if found is not None and found.stopped else ""
+        who = f"ranks {', '.join(map(str, ranks))} hang, waiting for one another or for another pod"
+    held = " (stopped by a signal or debugger)" if found is not None and found.stopped else ""
     message = (
         f"{who}{held}: phase {worst.phase}, {worst.done} {worst.unit} done, silent for {worst.seconds:.0f} s, "
-        f"at most {worst.bound:.0f} s were expected; evidence: {evidence}"
+        f"limit {worst.bound:.0f} s; evidence: {evidence}"
     )
     rank = worst.rank if worst.rank != LAUNCHER else None
     return Outcome(fault=FaultClass.STALL, reason="RankStalled", message=message, step=worst.done, rank=rank)

@@ -1,8 +1,8 @@
-"""The agent: skip what is done, start the ranks, report, stop them when asked or when one hangs, leave an ``Outcome``.
+"""The agent: skip finished work, start the ranks, report, stop them on request or on a hang, write an ``Outcome``.
 
 In: ``stage.json`` and the environment (``settings.py``). Out: progress by HTTP or to a file, Prometheus metrics, a
-termination message and an exit code. ``launch`` is the processes, ``watch`` decides who is late, ``stall`` looks into
-it, ``outcomes`` says what explains the end.
+termination message and an exit code. ``launch`` runs the processes, ``watch`` decides which ranks are late, ``stall``
+inspects those, and ``outcomes`` picks the outcome that explains the end.
 """
 
 import logging
@@ -33,15 +33,15 @@ from headrace_trainer.storage import open_store
 
 _POLL_SECONDS = 0.2
 _MESSAGE_CHARACTERS = 800
-"""Of four bytes each at the most; the rest of an outcome is small."""
+"""At up to four bytes each; the rest of an outcome is small."""
 _LAST_WORDS_SECONDS = 5.0
-"""For the other ranks to say why, when one has failed: what explains the rest may come second."""
+"""How long the other ranks get to leave outcomes after one has failed: the real cause may arrive second."""
 
 log = logging.getLogger("headrace.agent")
 
 
 def main(argv: list[str]) -> int:
-    """Supervise one pod's part of an attempt; the exit code is one of ``ExitCode``."""
+    """Supervise one pod's part of an attempt. Returns an ``ExitCode``."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     settings = Settings.from_environment(os.environ)
     resolved = ResolvedStage.model_validate_json(Path(argv[0]).read_text())
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     try:
         shutil.rmtree(settings.scratch, ignore_errors=True)
         (settings.scratch / EVIDENCE).mkdir(parents=True)
-        # The launcher imports what ranks need while storage is asked whether they are needed.
+        # The launcher imports while we ask storage whether the ranks are needed at all.
         with Launch(Path(argv[0]), resolved, settings) as launch:
             outcome = done_already(resolved) or Agent(resolved, settings, reporter, launch).run()
     except Exception as error:
@@ -63,20 +63,20 @@ def main(argv: list[str]) -> int:
 
 
 def write_termination_message(path: Path, outcome: Outcome) -> None:
-    """Leave the outcome where the kubelet reads it, which takes no more than 4096 bytes.
+    """Write the outcome where the kubelet reads it: at most 4096 bytes.
 
-    In place: in a pod the file is a mount of its own, and cannot be replaced. Without room for it, the exit code says
-    the class of the fault.
+    Written in place: in a pod the file is a mount and cannot be replaced. If the disk is full, the exit code still
+    tells the class of the fault.
     """
     shortened = outcome.model_copy(update={"message": outcome.message[:_MESSAGE_CHARACTERS]})
     try:
         path.write_text(shortened.model_dump_json(by_alias=True, exclude_none=True))
     except OSError as error:
-        log.error("the outcome could not be written: %s", error)
+        log.error("failed to write the outcome: %s", error)
 
 
 def done_already(resolved: ResolvedStage) -> Outcome | None:
-    """The outcome of an earlier attempt, or of an earlier run, that left exactly this stage's artifact."""
+    """The outcome of an earlier attempt or run that produced exactly this stage's artifact."""
     artifact = artifacts.find(open_store(resolved.storage), resolved)
     if artifact is None:
         return None
@@ -89,7 +89,7 @@ def done_already(resolved: ResolvedStage) -> Outcome | None:
 
 
 def _clean(scratch: Path) -> None:
-    """Remove what an attempt left on this node, but for the evidence of a hang."""
+    """Remove an attempt's files from this node, except evidence of a hang."""
     if not scratch.is_dir():
         return
     for path in scratch.iterdir():
@@ -101,7 +101,7 @@ def _clean(scratch: Path) -> None:
 
 
 class Agent:
-    """The supervision of one set of ranks."""
+    """Supervises one set of ranks."""
 
     def __init__(self, resolved: ResolvedStage, settings: Settings, reporter: Reporter, launch: Launch) -> None:
         self.resolved, self.settings, self.reporter, self.launch = resolved, settings, reporter, launch
@@ -115,7 +115,7 @@ class Agent:
         self._oom_kills = oom_kills()
 
     def run(self) -> Outcome:
-        """Let the ranks start, and stay with them until they end."""
+        """Start the ranks and supervise them until they end."""
         signal.signal(signal.SIGTERM, lambda *_: self._ask_to_stop())
         signal.signal(signal.SIGINT, lambda *_: self._ask_to_stop())
         self.launch.start_ranks()
@@ -127,21 +127,21 @@ class Agent:
                 break
             time.sleep(_POLL_SECONDS)
         self._look()
-        ended = tuple(self.launch.ended)  # the ranks that are killed now explain nothing
+        ended = tuple(self.launch.ended)  # excludes the ranks killed below: they explain nothing
         self.launch.kill()
         return self._explain(ended, verdict)
 
     def _ask_to_stop(self) -> None:
-        """Leave a note that every rank of this pod reads at its next step. Asking again changes nothing."""
+        """Leave a note that every rank of this pod reads at its next step. Idempotent."""
         if self._asked_to_stop_at is None:
             self._asked_to_stop_at = time.monotonic()
             try:
                 (self.settings.scratch / STOP_FILE).touch()
             except OSError as error:
-                log.error("the ranks could not be asked to stop: %s", error)
+                log.error("failed to ask the ranks to stop: %s", error)
 
     def _look(self) -> None:
-        """Take over what the ranks say of themselves, and pass on what the first one says."""
+        """Read the ranks' heartbeats and reports, and forward those of the first rank."""
         self._watch.tick(time.monotonic())
         self._look_at_launcher()
         for rank, slot in self.launch.slots.items():
@@ -163,7 +163,7 @@ class Agent:
         return self._reports[rank][0] if rank in self._reports else 0
 
     def _look_at_launcher(self) -> None:
-        """It is late if it imports for too long; once the ranks have started, if something holds it."""
+        """The launcher is late if it imports for too long, or if it is stopped once the ranks have started."""
         started = bool(self.launch.pids or self.launch.ended)
         if started and not is_stopped(self.launch.launcher):
             self._looks += 1
@@ -171,7 +171,7 @@ class Agent:
         self._watch.see(LAUNCHER, Beat(beats=self._looks, reports=self._looks, phase=phase))
 
     def _must_be_stopped(self) -> Outcome | None:
-        """Why ranks that were asked to stop are not waited for any longer; None while they are."""
+        """Why to stop waiting for ranks that were asked to stop; None while waiting is right."""
         if self._asked_to_stop_at is None or (self.launch.ended and not self.launch.pids):
             return None
         since = time.monotonic() - self._asked_to_stop_at
@@ -183,17 +183,17 @@ class Agent:
         if not silent and since <= self.settings.grace_seconds:
             return None
         if not is_gang:
-            message = f"killed {since:.0f} s after the request to stop; there was nothing to save"
+            message = f"killed {since:.0f} s after the stop request; there was nothing to save"
             return Outcome(fault=FaultClass.STOPPED, reason="Stopped", message=message)
         who = f"ranks {', '.join(map(str, silent))}" if silent else "some ranks"
         message = (
-            f"{who} did not answer the request to stop; all were killed after {since:.0f} s, and the work since the last "
+            f"{who} did not answer the stop request; all were killed after {since:.0f} s, and the work since the last "
             "checkpoint is lost"
         )
         return Outcome(fault=FaultClass.PROCESS, reason="KilledWhileStopping", message=message)
 
     def _others_had_their_say(self) -> bool:
-        """Whether a rank failed so long ago that the others need not be heard."""
+        """Whether the other ranks have had their time to leave outcomes since one failed."""
         if self._failed_at is None and any(e.code != 0 for e in self.launch.ended):
             self._failed_at = time.monotonic()
         return self._failed_at is not None and time.monotonic() - self._failed_at > _LAST_WORDS_SECONDS

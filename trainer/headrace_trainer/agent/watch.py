@@ -1,8 +1,7 @@
-"""Which rank hangs, and which one must not be waited for any longer: decided from what ranks report. Pure.
+"""Decides from the ranks' reports which rank is late, and which did not answer a stop request. Pure.
 
-In: every rank's newest beat, and a clock. Out: ``Late`` ranks, with the bound that each has passed. A rank may be silent
-for five times as long as nearly all of its own steps took, and at least a minute; where it has no such record, ten
-minutes.
+In: every rank's latest beat, and a clock. Out: ``Late`` ranks, with the limit that each one exceeded: by default
+five times the 99th percentile of the rank's own step times, at least a minute; ten minutes while those are unknown.
 """
 
 import math
@@ -12,27 +11,27 @@ from dataclasses import dataclass, field
 
 RUNNING = "Running"
 LAUNCHER = -1
-"""Stands for the launcher among the ranks that are watched."""
+"""The launcher's number among the watched ranks."""
 _SAVING = frozenset({"Saving", "Stopping"})
-"""Phases in which a rank that was asked to stop is doing so."""
+"""Phases in which a rank is already acting on a stop request."""
 _BEFORE_WORK = frozenset({"Starting", "Loading"})
-"""Phases in which there is nothing to save yet."""
+"""Phases with nothing to save yet."""
 
 _FACTOR = 5.0
 _SHORTEST_SECONDS = 60.0
 _UNKNOWN_SECONDS = 120.0
-"""Times ``_FACTOR``, for a phase whose times are not known yet."""
+"""Multiplied by ``_FACTOR``: the limit for a phase whose times are not known yet."""
 _KNOWN = 3
-"""Times from which a phase is known."""
+"""How many times make a phase known."""
 _KEPT = 200
 ANSWER_SECONDS = 10.0
-"""To answer a request to stop, for a rank whose steps are short."""
+"""How long a rank with short steps may take to answer a stop request."""
 _LONGEST_TICK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank's slot says now."""
+    """A rank's slot as last read."""
 
     beats: int
     reports: int
@@ -43,7 +42,7 @@ class Beat:
 
 @dataclass(frozen=True, kw_only=True)
 class Late:
-    """A rank that is silent for longer than it may be."""
+    """A rank that has been silent for too long."""
 
     rank: int
     phase: str
@@ -52,26 +51,26 @@ class Late:
     seconds: float
     """How long it has been silent."""
     bound: float
-    """How long it may be."""
+    """The limit."""
 
 
 @dataclass(kw_only=True)
 class _Watched:
-    """One rank, since it was first seen."""
+    """One rank since it was first seen."""
 
     beat: Beat
     moved_at: float
-    """When it last moved."""
+    """When its beat last changed."""
     reported_at: float
     times: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=_KEPT)))
-    """Seconds that units of a phase took. The first of each is left out: it compiles, connects and fills caches."""
+    """Seconds per unit, by phase. The first of each phase is excluded: it compiles, connects and fills caches."""
     seen: set[str] = field(default_factory=set)
 
 
 class Watch:
-    """The ranks of one pod.
+    """Watches the ranks of one pod.
 
-    Time in which the agent itself did not run does not count: after a pause of the whole machine nobody is late.
+    Time in which the agent itself did not run is not counted: nobody is late because the whole machine was paused.
 
     Args:
         on_stall: ``restartPolicy.onStall`` in seconds.
@@ -84,7 +83,7 @@ class Watch:
         self._clock: float | None = None
 
     def tick(self, clock: float) -> None:
-        """Let the time pass.
+        """Advance the clock.
 
         Args:
             clock: seconds from any origin.
@@ -94,7 +93,7 @@ class Watch:
         self._clock = clock
 
     def see(self, rank: int, beat: Beat) -> None:
-        """Take over what a rank's slot says."""
+        """Record what a rank's slot says."""
         watched = self._ranks.get(rank)
         if watched is None:
             self._ranks[rank] = _Watched(beat=beat, moved_at=self._now, reported_at=self._now)
@@ -111,25 +110,25 @@ class Watch:
         watched.beat = beat
 
     def forget(self, rank: int) -> None:
-        """A rank has ended."""
+        """Drop a rank that has ended."""
         self._ranks.pop(rank, None)
 
     def excuse(self, rank: int) -> None:
-        """A silent rank is at work after all: its time begins again."""
+        """Restart the timer of a rank that is silent but working."""
         self._ranks[rank].moved_at = self._now
 
     def late(self) -> list[Late]:
-        """Ranks that are silent for too long, the one that has been so for longest first."""
+        """The late ranks, longest first."""
         found = [(rank, w, self.bound(rank)) for rank, w in self._ranks.items()]
         late = [_late(rank, w, self._now, bound) for rank, w, bound in found if self._now - w.moved_at > bound]
         return sorted(late, key=lambda entry: -entry.seconds)
 
     def all(self) -> list[Late]:
-        """Every rank, late or not, by number."""
+        """Every rank, late or not, in order."""
         return [_late(rank, w, self._now, self.bound(rank)) for rank, w in sorted(self._ranks.items())]
 
     def bound(self, rank: int) -> float:
-        """Seconds that a rank may be silent in the phase that it is in."""
+        """How long a rank may be silent in its current phase, in seconds."""
         watched = self._ranks[rank]
         phase, times = watched.beat.phase, watched.times[watched.beat.phase]
         if len(times) < _KNOWN:
@@ -139,14 +138,14 @@ class Watch:
         return max(self._on_stall or _SHORTEST_SECONDS, _FACTOR * percentile_99(times))
 
     def has_nothing_to_save(self) -> bool:
-        """Whether no rank has begun its work."""
+        """Whether no rank has started its work."""
         return all(w.beat.phase in _BEFORE_WORK for rank, w in self._ranks.items() if rank != LAUNCHER)
 
     def unanswered(self, *, seconds_since_stop: float) -> list[int]:
-        """Ranks that were asked to stop, and neither stop nor move.
+        """Ranks that were asked to stop but neither stop nor move.
 
-        A rank that is saving, or is in a phase whose times are not known, is given all of the grace period, which is
-        not counted here. One that takes steps must end one of them, so that longer steps are given longer.
+        A rank that is saving, or whose phase has no known times, gets the whole grace period, which is enforced
+        elsewhere. Any other must move within ten seconds, or twice its 99th percentile step time if that is longer.
         """
         ranks = [rank for rank in self._ranks if rank != LAUNCHER]
         return [r for r in ranks if self._does_not_answer(self._ranks[r], seconds_since_stop=seconds_since_stop)]
@@ -161,7 +160,7 @@ class Watch:
 
 
 def percentile_99(times: Iterable[float]) -> float:
-    """The smallest of some times that 99% of them do not exceed."""
+    """The smallest of the times that at least 99% of them do not exceed."""
     ordered = sorted(times)
     return ordered[math.ceil(0.99 * len(ordered)) - 1]
 
@@ -176,16 +175,16 @@ class Look:
     seconds: float
     """How long it has been silent."""
     stopped: bool
-    """Whether a signal or a debugger holds it."""
+    """Whether a signal or a debugger has stopped it."""
     in_collective: bool | None
-    """Whether its main thread waits for other ranks; None where its stack could not be read."""
+    """Whether its main thread is waiting in a collective; None if its stack could not be read."""
 
 
 def suspect(looks: Sequence[Look]) -> Look | None:
-    """The rank that the others wait for; None where nothing tells them apart, as when all wait for another pod.
+    """The rank that the others wait for; None if nothing sets one apart, as when all wait for another pod.
 
-    A rank that is held is one. Else it is the only one that is behind, in steps or phases. Else, where all are at the
-    same place, it is the only one that does not wait in a collective.
+    A stopped rank comes first; then, if ranks differ in steps or phase, the one with the fewest steps done; else the
+    only one that is not in a collective.
     """
     stopped = [look for look in looks if look.stopped]
     if stopped:

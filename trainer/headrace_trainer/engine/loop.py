@@ -27,10 +27,13 @@ from headrace_trainer.engine.parallel import Gang, Sum
 from headrace_trainer.engine.schedule import is_due, learning_rate
 from headrace_trainer.engine.skips import Verdict, judge, last_update
 from headrace_trainer.engine.step import Stepper
-from headrace_trainer.errors import Stopped, UserError
+from headrace_trainer.errors import Stopped, StorageError, UserError
 from headrace_trainer.formats.model_card import HISTORY_FILE
 
 log = logging.getLogger("headrace")
+
+SAVES_THAT_MAY_FAIL = 2
+"""In a row, while training goes on: ending it would lose all that was done since the newest checkpoint."""
 
 
 class Host(Protocol):
@@ -81,6 +84,8 @@ class Loop:
     _saved_step: int = field(default=-1, init=False)
     """The step of the newest checkpoint, which may be on its way."""
     _saved_at: float = field(default_factory=time.monotonic, init=False)
+    _failed_saves: int = field(default=0, init=False)
+    """Since the newest commit."""
     pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +109,7 @@ class Loop:
 
         Raises:
             Stopped: some rank was asked to stop; a checkpoint of this step is committed.
+            StorageError: checkpoints cannot be saved.
             UserError: too many losses or gradients were not finite numbers.
         """
         self.pace.restart()
@@ -111,19 +117,19 @@ class Loop:
             while self.step < self.steps:
                 self.advance()
         self.stepper.gather_weights()
-        self._save()  # should the model not reach storage, the next attempt has only that left to do
-        self._finish_saving()
+        self._commit()  # should the model not reach storage, the next attempt has only that left to do
 
     def advance(self) -> None:
         """One step, and what is due after it.
 
         Raises:
             Stopped: as ``run``.
+            StorageError: as ``run``.
             UserError: as ``run``.
         """
         agreed = self._train_step()
         if agreed.may_advance:
-            self.saved = self.checkpointer.advance() or self.saved
+            self._take_further(self.checkpointer.advance)
         skipped = "skipped" in self.history.records[-1]
         went_back = skipped and self._answer_skip()
         if self._validation_due():
@@ -134,7 +140,7 @@ class Loop:
             self._save()
         self._report("Running")
         if must_stop:
-            self._finish_saving()
+            self._commit()
             raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
         collect_after(self.step)
 
@@ -242,19 +248,46 @@ class Loop:
         self._report("Saving")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self.stepper.gather_weights()
-        self.checkpointer.save(
-            step=self.step,
-            consumed_samples=self.consumed_samples,
-            extras=lambda: {HISTORY_FILE: self.history.dumps()},
+        self._take_further(
+            lambda: self.checkpointer.save(
+                step=self.step,
+                consumed_samples=self.consumed_samples,
+                extras=lambda: {HISTORY_FILE: self.history.dumps()},
+            )
         )
         self.pace.restart()
 
+    def _commit(self) -> None:
+        """Save this step, and wait until it is committed; what fails is tried again."""
+        while self.saved is None or self.saved.step != self.step:
+            self._save()
+            self._finish_saving()
+
     def _finish_saving(self) -> None:
-        """Wait until the checkpoint on its way is committed."""
+        """Wait until the checkpoint on its way is committed, or has failed."""
         if self.checkpointer.is_saving:
             self._report("Saving")
-            self.saved = self.checkpointer.finish()
+            self._take_further(self.checkpointer.finish)
+            self._report("Saving")
             self.pace.restart()
+
+    def _take_further(self, act: Callable[[], SavedCheckpoint | None]) -> None:
+        """Take the newest checkpoint further; if it fails, go on to the next one, unless too many have failed in a row."""
+        try:
+            saved = act()
+        except StorageError as error:
+            self._failed_saves += 1
+            if self._failed_saves > SAVES_THAT_MAY_FAIL:
+                raise
+            self.message = f"the checkpoint of step {self._saved_step} was not saved: {error}"
+            self._saved_step = -1 if self.saved is None else self.saved.step
+            if self.gang.is_first:
+                log.warning(self.message)
+            return
+        if saved is not None:
+            self.saved = saved
+            if self._failed_saves:
+                self._failed_saves, self.message = 0, ""
 
     def _report(self, phase: str) -> None:
         """Said by every rank after every step: the agent takes a rank that says nothing for one that hangs."""

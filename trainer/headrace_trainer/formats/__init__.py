@@ -1,1 +1,1 @@
-"""What passes between stages: documents, tokenizer files, token shards and their reader, the model card. No torch."""
+"""What stages pass to one another: documents, tokenizer files, token shards and their reader, model card. No torch."""

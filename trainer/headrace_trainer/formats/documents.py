@@ -1,6 +1,6 @@
-"""The corpus artifact: gzip-compressed JSON lines of documents, and ``report.json`` beside them.
+"""The corpus artifact: gzip-compressed JSON lines of documents, with ``report.json``.
 
-``DocumentWriter`` makes it, ``read_documents`` reads it back; the ``tokenizer`` and ``shards`` stages read it.
+``DocumentWriter`` writes it, ``read_documents`` reads it; the ``tokenizer`` and ``shards`` stages use it.
 """
 
 import gzip
@@ -21,20 +21,20 @@ _COMPRESSION_LEVEL = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text that was kept."""
+    """One document of the corpus."""
 
     id: str
-    """Where it came from: the file below its source, and the record's number in it."""
+    """Its origin: the file below its source, and the record's number."""
     text: str
     source: str
-    """The source's address, as in the manifest."""
+    """The source's URI, as in the manifest."""
     language: str
     """ISO 639 code."""
     url: str | None = None
 
 
 def encode_document(document: Document) -> bytes:
-    """The document as one JSON line without its newline."""
+    """The document as one JSON line, without newline."""
     fields: dict[str, Any] = {
         "id": document.id,
         "text": document.text,
@@ -53,13 +53,12 @@ def read_documents(folder: Path) -> Iterator[Document]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a corpus artifact."""
     report: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text())
     return report
 
 
 class DocumentWriter:
-    """Writes documents, a new file every 256 MiB of JSON. The same documents give the same bytes."""
+    """Writes documents, a new file every 256 MiB of JSON. Equal documents give equal bytes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -68,7 +67,7 @@ class DocumentWriter:
         self._file: gzip.GzipFile | None = None
 
     def write(self, line: bytes) -> None:
-        """Add a document as ``encode_document`` gives it."""
+        """Add a document encoded by ``encode_document``."""
         if self._file is None or self._written >= _FILE_BYTES:
             self._begin()
         assert self._file is not None
@@ -78,12 +77,12 @@ class DocumentWriter:
     def _begin(self) -> None:
         self.close()
         path = self._folder / f"documents-{self._num_files:05d}.jsonl.gz"
-        # No time stamp in the header: it would make equal corpora differ.
+        # No timestamp in the header: it would make equal corpora differ.
         self._file = gzip.GzipFile(path, "wb", compresslevel=_COMPRESSION_LEVEL, mtime=0)
         self._num_files, self._written = self._num_files + 1, 0
 
     def close(self) -> None:
-        """Finish the file that is open."""
+        """Finish the open file."""
         if self._file is not None:
             self._file.close()
 

@@ -1,4 +1,4 @@
-"""What a trained model is: ``model.json`` beside its checkpoint. No torch: export, evaluate and serve read it first."""
+"""A trained model's description: ``model.json`` beside its checkpoint. No torch: export and evaluate read it first."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ HISTORY_FILE = "history.jsonl"
 
 
 class ModelCard(Spec):
-    """Everything that is needed to rebuild a model around its checkpoint."""
+    """Everything needed to rebuild a model around its checkpoint."""
 
     architecture: Architecture
-    """architecture is every dimension."""
+    """architecture holds the model's dimensions."""
     vocab_size: int
-    """vocabSize is the number of tokens; the matrices in the checkpoint are wider, see paddedVocabSize."""
+    """vocabSize is the number of tokens. The checkpoint's matrices are padded: see paddedVocabSize."""
     padded_vocab_size: int
     """paddedVocabSize is the number of rows of the embedding and output matrices."""
     eod_id: int
@@ -26,15 +26,15 @@ class ModelCard(Spec):
     stop_ids: tuple[int, ...] = ()
     """stopIds are the tokens that end an answer, where the model was trained to give answers."""
     sequence_length: int
-    """sequenceLength is the number of tokens that the model was trained to see at once."""
+    """sequenceLength is the number of tokens per training sample."""
     precision: Precision
-    """precision is the number format that it was trained in."""
+    """precision is the number format used in training."""
 
 
 def describe(
     architecture: Architecture, *, vocab_size: int, eod_id: int, sequence_length: int, precision: Precision
 ) -> ModelCard:
-    """The card of a model with this vocabulary."""
+    """Build the card of a model with this vocabulary."""
     return ModelCard(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -46,10 +46,10 @@ def describe(
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card in the folder of a checkpoint artifact."""
+    """Read the card from a checkpoint artifact."""
     return ModelCard.model_validate_json((folder / MODEL_FILE).read_text())
 
 
 def write_card(card: ModelCard, folder: Path) -> None:
-    """Put the card into the folder of a checkpoint artifact."""
+    """Write the card into a checkpoint artifact."""
     (folder / MODEL_FILE).write_text(card.model_dump_json(by_alias=True, indent=1))

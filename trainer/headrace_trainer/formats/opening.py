@@ -1,4 +1,4 @@
-"""Opening possibly compressed files so that a damaged one is an error that names it, wherever it is read.
+"""Open files, possibly compressed, such that reading a damaged one anywhere raises an error that names it.
 
 In: a path. Out: a buffered binary stream of the decompressed content.
 """
@@ -33,9 +33,9 @@ def _decompressed(raw: IO[bytes], *, suffix: str) -> Any:
 
 
 class _Checked(io.RawIOBase):
-    """Turns every way in which decompressors fail into a ``UserError``.
+    """Turns every decompression failure into a ``UserError``.
 
-    warcio takes an ``EOFError`` for the end of the archive, so a file that was cut short would pass for a whole one.
+    warcio takes an ``EOFError`` for the end of the archive, so a truncated file would pass as complete.
     """
 
     def __init__(self, path: Path, address: str) -> None:
@@ -52,7 +52,7 @@ class _Checked(io.RawIOBase):
             data = self._stream.read(len(view))
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             raise UserError(
-                f"{self._address}: cut short or corrupt near byte {self._raw.tell()}: {error}; copy the file again"
+                f"{self._address}: truncated or corrupt near byte {self._raw.tell()}: {error}; copy the file again"
             ) from error
         view[: len(data)] = data
         return len(data)
@@ -63,26 +63,26 @@ class _Checked(io.RawIOBase):
 
 
 def open_bytes(path: Path, address: str) -> io.BufferedReader:
-    """The decompressed content of ``path``; its suffix says how it is compressed.
+    """Open a file and decompress it according to its suffix.
 
     Args:
-        path: a file on this machine.
-        address: what people call it, for errors.
+        path: a local file.
+        address: its name in error messages.
 
     Raises:
-        UserError: from any later read, where the file turns out to be damaged.
+        UserError: from any later read, if the file is damaged.
     """
     return io.BufferedReader(_Checked(path, address), buffer_size=_BUFFER_BYTES)
 
 
 def decode_utf8(data: bytes, address: str, *, first_line: int = 1, first_byte: int = 0) -> str:
-    """``data`` as text, without a byte-order mark.
+    """Decode ``data``, dropping a byte-order mark.
 
     Args:
         data: a file or a line of one.
-        address: what people call the file.
-        first_line: the number of the line that ``data`` begins with.
-        first_byte: the offset of ``data`` in the decompressed file.
+        address: the file's name in error messages.
+        first_line: line number of the start of ``data``.
+        first_byte: offset of ``data`` in the decompressed file.
 
     Raises:
         UserError: names the line and the byte offset of the first bad byte.
@@ -93,5 +93,5 @@ def decode_utf8(data: bytes, address: str, *, first_line: int = 1, first_byte: i
         line = first_line + data.count(b"\n", 0, error.start)
         raise UserError(
             f"{address}:{line}: byte {first_byte + error.start} is not valid UTF-8 ({error.reason}); "
-            f"convert the file, as with iconv -t UTF-8, or remove it"
+            f"convert the file, for example with iconv -t UTF-8, or remove it"
         ) from error

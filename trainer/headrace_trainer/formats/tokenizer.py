@@ -1,6 +1,6 @@
-"""The tokenizer artifact: a folder that ``AutoTokenizer`` loads without a network.
+"""The tokenizer artifact: a folder that ``AutoTokenizer`` loads offline.
 
-``save_tokenizer`` makes it, ``load_tokenizer`` reads it; ``shards``, ``evaluate``, ``export`` and ``serve`` read it.
+``save_tokenizer`` writes it, ``load_tokenizer`` reads it; ``shards``, ``evaluate``, ``export`` and ``deploy`` use it.
 """
 
 import json
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from headrace_trainer.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-"""Ends every document, where the tokenizer was trained here or names no other such token."""
+"""Ends every document, if the tokenizer was trained here or names no other end-of-document token."""
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -22,7 +22,7 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTokenizer:
-    """A tokenizer and the token that ends a document."""
+    """A tokenizer and its end-of-document token."""
 
     tokenizer: Tokenizer
     eod: str
@@ -30,7 +30,7 @@ class LoadedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id, which is not the number of tokens where a vocabulary has holes."""
+        """The largest id plus one. More than the number of tokens if the vocabulary has gaps."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -38,8 +38,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, eod: str, config: dict
     """Write the artifact.
 
     Args:
-        tokenizer: has ``eod`` in its vocabulary.
-        folder: exists.
+        tokenizer: must have ``eod`` in its vocabulary.
+        folder: must exist.
         eod: the token that ends a document.
         config: settings of an imported tokenizer to keep, such as its chat template.
     """
@@ -65,10 +65,10 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
 
 
 def read_tokenizer_json(path: Path) -> Tokenizer:
-    """A tokenizer from its one file.
+    """Read a tokenizer.json.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is unreadable.
     """
     try:
         return Tokenizer.from_file(str(path))
@@ -77,7 +77,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is no file.
+    """Read a JSON object from a file; empty if there is no file.
 
     Raises:
         UserError: it is not a JSON object.
@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def token_text(token: object) -> str | None:
-    """The text of a token as ``tokenizer_config.json`` has it: plain, or an object with its ``content``."""
+    """The text of a token in ``tokenizer_config.json``: a string, or an object with ``content``."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 

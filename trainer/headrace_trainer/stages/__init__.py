@@ -1,1 +1,1 @@
-"""One package a stage kind, named as the kind; each has ``run(ctx)``. A stage never imports another stage."""
+"""One package per stage kind, named after it; each has ``run(ctx)``. A stage never imports another stage."""

@@ -1,6 +1,6 @@
-"""A resolved stage and its runtime -> Kubernetes objects. Pure.
+"""Build Kubernetes objects from a resolved stage and its runtime. Pure.
 
-In: ``ResolvedStage`` from ``plan``, a ``TrainingRuntime``. Out: ``Objects`` for ``apply`` to write, in order.
+In: a ``ResolvedStage`` from ``plan`` and a ``TrainingRuntime``. Out: ``Objects`` for ``apply``.
 """
 
 from dataclasses import dataclass
@@ -25,27 +25,27 @@ from headrace_operator.body.raw import Raw
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """What an attempt consists of."""
+    """The objects of an attempt."""
 
     account: Raw
-    """The ServiceAccount of all the run's pods; without it no pod is admitted, so it comes first."""
+    """The ServiceAccount shared by the run's pods. Created first: no pod is admitted without it."""
     workload: Raw
     """The Job or Deployment."""
     config: Raw
-    """The ConfigMap with stage.json."""
+    """The ConfigMap that holds stage.json."""
     service: Raw
-    """The Service. Neither has an ownerReference yet, with which it goes when the workload goes: ``owned`` adds it."""
+    """The Service. Like the ConfigMap, it still lacks its ownerReference: ``owned`` adds it."""
     scale: Raw | None = None
-    """For a Deployment, a merge patch that makes it as many replicas as the manifest asks for."""
+    """A merge patch that sets a Deployment's replicas to the manifest's."""
 
     @property
     def dependents(self) -> tuple[Raw, Raw]:
-        """What goes when the workload goes. The ConfigMap comes last: where it is, or a pod runs, nothing is missing."""
+        """Objects owned by the workload. The ConfigMap comes last: where it exists, or a pod runs, none is missing."""
         return self.service, self.config
 
 
 def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
-    """The objects of an attempt."""
+    """Build the objects of an attempt."""
     pool, account, config = runtime.spec.trainer, _account(resolved), _config(resolved)
     if resolved.stage.config.RUNS_AS is not RunsAs.SERVICE:
         workload, service = job(resolved, pool), headless_service(resolved)
@@ -57,7 +57,7 @@ def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
 
 
 def owned(obj: Raw, *, by: Raw) -> Raw:
-    """``obj`` with an ownerReference to an object that the API server has answered with."""
+    """``obj`` with an ownerReference to ``by``, an object as the API server returned it."""
     meta = by["metadata"]
     owner = reference(by["apiVersion"], by["kind"], meta["name"], meta["uid"])
     return {**obj, "metadata": {**obj["metadata"], "ownerReferences": [owner]}}
@@ -78,8 +78,8 @@ def _account(resolved: ResolvedStage) -> Raw:
 
 
 def _config(resolved: ResolvedStage) -> Raw:
-    """What the attempt is. Immutable, and each attempt has its own: nobody changes what runs, and an old server that is
-    started again while a new one rolls out still finds its own."""
+    """The ConfigMap that holds stage.json. Immutable, one per attempt: a running attempt never changes, and an old
+    server that restarts during a rollout still finds its own."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -1,4 +1,4 @@
-"""Tasks and gangs: an Indexed Job, a headless Service that names its pods, a ConfigMap with stage.json."""
+"""Jobs for tasks and gangs, and the headless Service that gives their pods DNS names."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from headrace_operator.body.build.pod import CONTAINER, MASTER_PORT, pod_templat
 
 
 def job(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
-    """An Indexed Job: a pod for each node; the first failure ends the attempt, since ``plan`` owns the retries."""
+    """An Indexed Job, one pod per node. The first failure ends the attempt: ``plan`` owns the retries."""
     name, nodes = attempt_name(resolved.run, resolved.stage.name, resolved.attempt), resolved.stage.compute.nodes
     return {
         "apiVersion": "batch/v1",
@@ -27,7 +27,7 @@ def job(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
 
 
 def _rendezvous(resolved: ResolvedStage, name: str) -> dict[str, Any]:
-    """How ranks find one another: pod 0 by its host name below the headless Service."""
+    """Rendezvous at pod 0, through its host name under the headless Service."""
     env = [
         {"name": "HEADRACE_MASTER_ADDR", "value": f"{name}-0.{name}.{resolved.namespace}.svc"},
         {"name": "HEADRACE_MASTER_PORT", "value": str(MASTER_PORT)},
@@ -36,7 +36,7 @@ def _rendezvous(resolved: ResolvedStage, name: str) -> dict[str, Any]:
 
 
 def headless_service(resolved: ResolvedStage) -> dict[str, Any]:
-    """Names for the pods; before they are ready, for they wait for one another to become so."""
+    """DNS names for the pods, published before they are ready: they need one another to get ready."""
     name = attempt_name(resolved.run, resolved.stage.name, resolved.attempt)
     return {
         "apiVersion": "v1",

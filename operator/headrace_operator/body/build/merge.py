@@ -1,24 +1,24 @@
-"""Laying one piece of a manifest over another, as platform engineers expect of a pod template.
+"""Merge pod templates the way platform engineers expect.
 
-Dicts merge; lists of named things merge by name, volume mounts by path; tolerations and envFrom add up; anything else
-is replaced by the upper piece.
+Dicts merge; lists of named entries merge by name (volume mounts by path); tolerations and envFrom are appended;
+anything else is replaced by ``over``.
 """
 
 from typing import Any
 
 _IDENTITIES = {"volumeMounts": "mountPath", "volumeDevices": "devicePath", "hostAliases": "ip"}
-"""List field -> what tells its entries apart, where that is not ``name``."""
+"""List field -> the key that identifies its entries, where it is not ``name``."""
 _ADDED = frozenset({"tolerations", "envFrom"})
-"""List fields whose entries have no identity and do not exclude one another."""
+"""List fields whose entries have no identity: appended."""
 _SOURCES = frozenset(
     {"configMap", "csi", "emptyDir", "ephemeral", "hostPath", "nfs", "persistentVolumeClaim", "projected", "secret"}
     | {"value", "valueFrom"}
 )
-"""A volume, and a variable, has exactly one of these: the upper piece's replaces the lower one's."""
+"""A volume or variable has exactly one of these; the one in ``over`` replaces the one in ``under``."""
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``under``; neither is changed."""
+    """``over`` merged onto ``under``; neither is modified."""
     merged = {k: v for k, v in under.items() if k not in _SOURCES or k in over or _SOURCES.isdisjoint(over)}
     for field, value in over.items():
         merged[field] = _merged(field, merged[field], value) if field in merged else value

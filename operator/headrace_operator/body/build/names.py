@@ -1,4 +1,4 @@
-"""What objects are called and labelled: the only place that knows, for building and for finding them again."""
+"""Names, labels and annotations of objects: the one place for building them and finding them again."""
 
 from typing import Any
 
@@ -11,31 +11,31 @@ STAGE_LABEL = f"{GROUP}/stage"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 HASH_ANNOTATION = f"{GROUP}/hash"
 RESOLVED_ANNOTATION = f"{GROUP}/resolved"
-"""ResolvedStage.digest of what the object was made for."""
+"""ResolvedStage.digest that the object was built for."""
 DIGEST_ANNOTATION = f"{GROUP}/digest"
-"""On Deployments, of what was asked for: the attempt and the runtime. Another one means that it has to be applied again;
-the same one that it need not, even if a newer operator would build it otherwise."""
+"""On Deployments: digest of the attempt and runtime it was built for. A new digest means apply again; the same digest
+means leave it, even if a newer operator would build it differently."""
 REPLICAS_ANNOTATION = f"{GROUP}/replicas"
-"""On Deployments, how many replicas the manifest last asked for. Only a change of that is applied: between two of them
-spec.replicas is an autoscaler's, or whoever's."""
+"""On Deployments: the replicas that the manifest last asked for. Only a change of this number is applied; in between,
+spec.replicas belongs to the autoscaler."""
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 def attempt_name(run: str, stage: str, attempt: int) -> str:
-    """The Job of an attempt, and what belongs to it.
+    """The name of an attempt's Job and of the objects it owns.
 
-    Two hyphens join the parts, and no part has two in a row: a name can be taken apart in one way only.
+    Parts are joined by two hyphens and never contain two in a row, so no two attempts share a name.
     """
     return f"{service_name(run, stage)}--{attempt}"
 
 
 def account_name(run: str) -> str:
-    """The ServiceAccount of a run's pods; the operator's own cannot be called so."""
+    """The ServiceAccount of a run's pods. It cannot collide with the operator's own."""
     return f"headrace--{run}"
 
 
 def labels(resolved: ResolvedStage) -> dict[str, str]:
-    """What every object of an attempt carries."""
+    """The labels on every object of an attempt."""
     return {
         "app.kubernetes.io/name": "headrace",
         "app.kubernetes.io/component": resolved.stage.kind,
@@ -49,7 +49,7 @@ def labels(resolved: ResolvedStage) -> dict[str, str]:
 
 
 def metadata(resolved: ResolvedStage, name: str) -> dict[str, Any]:
-    """Name, labels and digests of an object."""
+    """Name, namespace, labels and annotations of an object."""
     return {
         "name": name,
         "namespace": resolved.namespace,
@@ -59,17 +59,16 @@ def metadata(resolved: ResolvedStage, name: str) -> dict[str, Any]:
 
 
 def annotations(resolved: ResolvedStage) -> dict[str, str]:
-    """What an attempt was made for."""
+    """What the attempt was built for."""
     return {HASH_ANNOTATION: resolved.hash, RESOLVED_ANNOTATION: resolved.digest}
 
 
 def run_reference(resolved: ResolvedStage) -> dict[str, Any]:
-    """An ownerReference to the run."""
     return reference(API_VERSION, "TrainingRun", resolved.run, resolved.run_uid)
 
 
 def reference(api_version: str, kind: str, name: str, uid: str) -> dict[str, Any]:
-    """An ownerReference: the object goes when its owner goes."""
+    """An ownerReference: the object is garbage-collected with its owner."""
     return {
         "apiVersion": api_version,
         "kind": kind,

@@ -1,4 +1,4 @@
-"""The pod of an attempt: defaults, with the runtime's template over them, with what the contract needs over both."""
+"""The pod of an attempt: our defaults, overlaid by the runtime's template, overlaid by what the contract requires."""
 
 from decimal import Decimal
 from typing import Any
@@ -14,7 +14,7 @@ METRICS_PORT = 9400
 _USER = 65532
 _STOP_SECONDS = 120
 _UNREACHABLE_SECONDS = 30
-"""A gang waits for its lost pod: Kubernetes' own five minutes would be idle GPUs."""
+"""How long a pod stays on an unreachable node. Kubernetes' default, five minutes, would leave the gang's GPUs idle."""
 _CONFIG_FOLDER = "/etc/headrace"
 _TOKEN_FOLDER = "/var/run/secrets/headrace"
 _TOKEN_SECONDS = 3600
@@ -22,20 +22,20 @@ _CACHE_FOLDER = "/var/cache/headrace"
 
 
 def pod_template(resolved: ResolvedStage, pool: Pool, *, config: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """A pod template.
+    """Build a pod template.
 
     Args:
         resolved: the attempt.
-        pool: the runtime's image and template.
+        pool: the runtime's image and pod template.
         config: the name of the ConfigMap that holds stage.json.
-        extra: what Jobs and Deployments add to the contract.
+        extra: what Jobs or Deployments add to the contract.
     """
     with_template = merge(_defaults(resolved, pool), pool.pod_template)
     return merge(with_template, merge(_contract(resolved, pool, config=config), extra))
 
 
 def _defaults(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
-    """What a runtime may change: hardened, with the resources that the stage asks for."""
+    """What a runtime may override: hardening, and the resources that the stage asks for."""
     container = {
         "name": CONTAINER,
         "image": pool.image,
@@ -68,7 +68,7 @@ def _defaults(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
 
 
 def _contract(resolved: ResolvedStage, pool: Pool, *, config: str) -> dict[str, Any]:
-    """What the agent and the operator rely on."""
+    """What the agent and the operator rely on; no runtime may override it."""
     secret = resolved.storage.secret_ref
     container: dict[str, Any] = {
         "name": CONTAINER,
@@ -119,7 +119,7 @@ def _resources(resolved: ResolvedStage) -> dict[str, Any]:
 
 
 def _threads(resolved: ResolvedStage) -> list[dict[str, Any]]:
-    """One rank's part of the pod's processors; where no number is asked for, the agent counts what it finds."""
+    """OMP threads per rank, from the CPU request. Without a request, the agent decides by the cores it finds."""
     cpu = resolved.stage.compute.cpu
     if cpu is None:
         return []
@@ -137,7 +137,7 @@ def _tolerate(taint: str) -> dict[str, Any]:
 
 
 def _spread(resolved: ResolvedStage) -> dict[str, Any]:
-    """Prefer a node of its own for each pod of an attempt."""
+    """Prefer a separate node for each pod of an attempt."""
     if resolved.stage.compute.nodes == 1:
         return {}
     term = {"labelSelector": {"matchLabels": labels(resolved)}, "topologyKey": "kubernetes.io/hostname"}

@@ -1,4 +1,4 @@
-"""A deployed model: a Deployment that outlives its attempts' pods, and a Service with one address for all of them."""
+"""Deployed models: one Deployment for all attempts of a stage, and a Service with a stable address."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from headrace_operator.body.build.pod import CONTAINER, pod_template
 
 
 def deployment(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
-    """One server; ``scale`` makes it several. Without spec.replicas, since what is applied is owned."""
+    """A Deployment without spec.replicas: applying the field would own it. ``scale`` sets it instead."""
     deploy = _deploy(resolved)
     name = service_name(resolved.run, resolved.stage.name)
     config = attempt_name(resolved.run, resolved.stage.name, resolved.attempt)
@@ -34,7 +34,7 @@ def deployment(resolved: ResolvedStage, pool: Pool) -> dict[str, Any]:
 
 
 def scale(resolved: ResolvedStage) -> dict[str, Any]:
-    """A merge patch that asks for the manifest's replicas."""
+    """A merge patch that sets the manifest's replicas."""
     replicas = _deploy(resolved).replicas
     return {
         "metadata": {"annotations": {REPLICAS_ANNOTATION: str(replicas)}},
@@ -43,7 +43,7 @@ def scale(resolved: ResolvedStage) -> dict[str, Any]:
 
 
 def cluster_service(resolved: ResolvedStage) -> dict[str, Any]:
-    """The address of the servers."""
+    """The servers' address."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -63,7 +63,7 @@ def _deploy(resolved: ResolvedStage) -> Deploy:
 
 
 def _selector(resolved: ResolvedStage) -> dict[str, str]:
-    """Not the attempt: a selector cannot change, and a new attempt rolls over the old one."""
+    """Leaves out the attempt: a selector is immutable, and a new attempt rolls over the old one."""
     return {RUN_LABEL: resolved.run, STAGE_LABEL: resolved.stage.name}
 
 

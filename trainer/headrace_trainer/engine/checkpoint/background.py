@@ -1,7 +1,7 @@
 """Work in a copy of this process, while this one goes on.
 
-A fork sees all memory as it was at its moment, whatever changes afterwards: nothing is copied for it but the pages that
-training writes to. It dies with its rank, so that nothing goes on writing for a gang that is gone.
+A fork sees all memory as it was at its moment, whatever changes afterwards, but for what is left out of it. It dies with its
+rank, so that nothing goes on writing for a gang that is gone.
 """
 
 import contextlib
@@ -10,13 +10,13 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import IO, Any, Generic, TypeVar
 
 import torch
 
 from headrace_trainer import board
+from headrace_trainer.engine.checkpoint.staging import left_out_of_forks
 from headrace_trainer.errors import StorageError
 from headrace_trainer.processes import die_with_parent
 
@@ -28,19 +28,21 @@ class Background(Generic[T]):
 
     Args:
         work: what to do. It must not use CUDA, nor connections that the rank has open. What it returns is pickled.
-        outbox: a path where what it returns can be left, on a local disk.
+        without: large tensors that the work does not touch: this process pays for each page of others that it writes to.
     """
 
-    def __init__(self, work: Callable[[], T], *, outbox: Path) -> None:
-        self._outbox = outbox
+    def __init__(self, work: Callable[[], T], *, without: Iterable[torch.Tensor]) -> None:
+        # In memory: a full disk must not hide how it ended.
+        self._outbox = os.fdopen(os.memfd_create("headrace-outbox"), "w+b", buffering=0)
         self._exit_code: int | None = None
         self._counter = board.Counter()
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            _run(work, outbox, self._counter, parent=parent)
+        with left_out_of_forks(without):
+            self._pid = os.fork()
+            if self._pid == 0:
+                _run(work, self._outbox, self._counter, parent=parent)
 
     @property
     def beats(self) -> int:
@@ -61,8 +63,9 @@ class Background(Generic[T]):
         self._wait(0)
         outcome: Any = StorageError(f"a checkpoint's writer ended with exit code {self._exit_code}: see its log above")
         if self._exit_code == 0:
-            outcome = pickle.loads(self._outbox.read_bytes())
-        self._outbox.unlink(missing_ok=True)
+            self._outbox.seek(0)
+            outcome = pickle.loads(self._outbox.read())
+        self._outbox.close()
         if isinstance(outcome, StorageError):
             raise outcome
         result: T = outcome
@@ -76,7 +79,7 @@ class Background(Generic[T]):
         return self._exit_code is not None
 
 
-def _run(work: Callable[[], Any], outbox: Path, counter: board.Counter, *, parent: int) -> None:
+def _run(work: Callable[[], Any], outbox: IO[bytes], counter: board.Counter, *, parent: int) -> None:
     code = 1
     try:
         die_with_parent()
@@ -85,7 +88,7 @@ def _run(work: Callable[[], Any], outbox: Path, counter: board.Counter, *, paren
         board.beat_on(counter)
         gc.disable()  # what the rank has on a GPU is not this process's to free
         torch.set_num_threads(1)  # the threads that OpenMP counts on were not forked
-        outbox.write_bytes(pickle.dumps(_outcome(work)))
+        outbox.write(pickle.dumps(_outcome(work)))
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -111,11 +111,12 @@ class Checkpointer:
             extras: gives small text files to go with it, name -> content; called in a fork of rank 0.
 
         Raises:
-            StorageError: the scratch folder cannot be written.
+            StorageError: on every rank, where the scratch folder cannot be written or storage does not answer.
         """
         assert self._saving is None
         name = self._gang.from_first(lambda: self._checkpoints.new_name(step, self._attempt))
         staged = self._scratch / "checkpoints" / name
+        self._gang.together(lambda: staged.mkdir(parents=True, exist_ok=True))
         saving = Saving(
             name=name,
             staged=staged,
@@ -135,14 +136,14 @@ class Checkpointer:
             The checkpoint, once it is committed.
 
         Raises:
-            StorageError: on every rank, where any could not write or upload.
+            StorageError: on every rank, where any could not write or upload; nothing is on its way then.
         """
         assert self._saving is not None
-        name, saving = self._saving
+        (name, saving), self._saving = self._saving, None
         manifest = saving.advance()
         if manifest is None:
+            self._saving = name, saving
             return None
-        self._saving = None
         return self._saved(name, manifest)
 
     def finish(self) -> SavedCheckpoint | None:

@@ -77,6 +77,15 @@ def newest_first(names: Iterable[str]) -> list[str]:
 
 def step_of(name: str) -> int:
     """The step in a folder's name."""
+    return _number(name, 1)
+
+
+def attempt_of(name: str) -> int:
+    """The attempt in a folder's name."""
+    return _number(name, 2)
+
+
+def _number(name: str, group: int) -> int:
     match = _NAME.match(name)
     assert match is not None, name
-    return int(match.group(1))
+    return int(match.group(group))

@@ -77,6 +77,15 @@ def sharded_moments(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict
     return found
 
 
+def large_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Weights, gradients and moments of this rank: nearly all the memory that it has for long."""
+    for part in optimizer.chained_optimizers:
+        for buffer in part.buffers:
+            yield from (data for data in (buffer.param_data, buffer.grad_data) if data is not None)
+        for weight, _, _ in _runs(part):
+            yield from part._get_main_param_and_optimizer_states(weight).values()
+
+
 def _runs(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
     """Each weight of which this replica owns elements, and which: [start, stop) of the flattened weight."""
     for buffer in part.gbuf_ranges:

@@ -4,6 +4,7 @@ First every rank writes and uploads its own files; once all have, rank 0 uploads
 done in forks of the ranks. The manifest is stored last, so a kill at any moment leaves the checkpoint before it, or this one.
 """
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from headrace_trainer.engine.checkpoint.manifest import CheckpointManifest
 from headrace_trainer.engine.checkpoint.state import COMMITTING_FILES, Write
 from headrace_trainer.engine.checkpoint.store import CheckpointStore
 from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.errors import StorageError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """What one rank wrote."""
 
-    written: Any
+    written: list[Any]
     """What Megatron wants to know of it."""
     files: list[ArtifactFile]
 
@@ -57,8 +59,7 @@ class Saving:
     ) -> None:
         self._name, self._staged, self._write, self._extras = name, staged, write, extras
         self._describe, self._checkpoints, self._keep, self._gang = describe, checkpoints, keep, gang
-        self._outbox = staged.with_name(f"{name}.{gang.rank}.pickle")
-        self._writing: Background[Share] | None = Background(self._write_and_upload, outbox=self._outbox)
+        self._writing: Background[Share] | None = Background(self._write_and_upload, without=write.state)
         self._committing: Background[CheckpointManifest | None] | None = None
         write.let_go()
 
@@ -85,24 +86,24 @@ class Saving:
         Raises:
             StorageError: on every rank, where any could not write or upload.
         """
-        if self._writing is not None:
-            self._end_writing(self._writing)
-            self._writing = None
-            return None
-        committed = self._gang.together(lambda: self._committing.result() if self._committing is not None else None)
-        return committed[0]
+        try:
+            return self._advance()
+        except StorageError:
+            # Every rank's part has ended; the space that it took may be what is missing.
+            if self._gang.local_rank == 0:
+                shutil.rmtree(self._staged, ignore_errors=True)
+            raise
 
-    def _end_writing(self, writing: Background[Share]) -> None:
-        shares: list[Share] = []
-
-        def collect() -> list[ArtifactFile]:
-            shares.append(writing.result())
-            return shares[0].files
-
-        files = [file for part in self._gang.together(collect) for file in part]
-        self._write.finish(shares[0].written)
+    def _advance(self) -> CheckpointManifest | None:
+        writing, committing = self._writing, self._committing
+        if writing is None:
+            return self._gang.together(lambda: None if committing is None else committing.result())[0]
+        shares = self._gang.together(writing.result)
+        self._writing = None
         if self._gang.local_rank == 0:
-            self._committing = Background(lambda: self._commit(files), outbox=self._outbox)
+            work = functools.partial(self._commit, shares)
+            self._committing = Background(work, without=self._write.state)
+        return None
 
     def _write_and_upload(self) -> Share:
         """In a fork of each rank: write its file and upload it, with what rank 0 has to say."""
@@ -125,10 +126,12 @@ class Saving:
         self._checkpoints.store.put_file(self._checkpoints.key(self._name, path.name), path)
         return file
 
-    def _commit(self, files: list[ArtifactFile]) -> CheckpointManifest | None:
+    def _commit(self, shares: list[Share]) -> CheckpointManifest | None:
         """In a fork of rank 0: upload what makes the files a checkpoint, then the manifest. On each node: tidy up."""
         manifest = None
         if self._gang.is_first:
+            self._write.finish([share.written for share in shares])
+            files = [file for share in shares for file in share.files]
             manifest = self._describe(files + [self._upload(self._staged / name) for name in COMMITTING_FILES])
             self._checkpoints.commit(self._name, manifest, keep=self._keep)
         shutil.rmtree(self._staged, ignore_errors=True)

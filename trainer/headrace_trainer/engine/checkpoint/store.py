@@ -16,6 +16,7 @@ from headrace_trainer.engine.checkpoint.manifest import (
     CORRUPT_FILE,
     MANIFEST_FILE,
     CheckpointManifest,
+    attempt_of,
     folder_name,
     newest_first,
     step_of,
@@ -99,12 +100,15 @@ class CheckpointStore:
             log.warning("that could not be noted in storage: %s", error)
 
     def _prune(self, *, newest: str, keep: int) -> None:
-        """Remove what is older than the newest ``keep`` whole checkpoints, and older ones that were never finished."""
+        """Remove what is older than the newest ``keep`` whole checkpoints, and older ones that were never finished.
+
+        What a later attempt has stored is left alone: this one may be a node that was taken for dead.
+        """
         paths = self._paths()
         committed, marked = _with_file(paths, MANIFEST_FILE), _with_file(paths, CORRUPT_FILE)
         kept = 0
         for name in newest_first(_folders(paths)):
-            if step_of(name) > step_of(newest):
+            if step_of(name) > step_of(newest) or attempt_of(name) > attempt_of(newest):
                 continue
             if kept == keep or name not in committed:
                 # The manifest goes first: what is half removed is no longer committed.

@@ -10,6 +10,7 @@ from headrace_trainer.engine import device
 device.install()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
 )
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -53,6 +55,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 __all__ = [
     "AttnMaskType",
+    "CheckpointingConfig",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
@@ -86,5 +89,7 @@ __all__ = [
     "make_sharded_tensors_for_checkpoint",
     "nested_values",
     "parallel_state",
+    "save_config",
+    "save_preprocess",
     "tensor_parallel",
 ]

@@ -1,6 +1,6 @@
-"""``manifest.json``: what the shards of a run are, with a digest for every file.
+"""``manifest.json``: describes a run's token shards, with a digest for every file.
 
-``stage`` writes it after the last shard; ``reader`` and the evaluate stage read it.
+The ``shards`` stage writes it after the last shard; ``reader`` and the evaluate stage read it.
 """
 
 import json
@@ -16,7 +16,7 @@ from headrace_trainer.formats.shards.split import Split
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 UNIGRAM_FILE = "unigram.npy"
-"""How often each token id occurs in the training split: int64, one entry an id."""
+"""Occurrences of each token id in the training split: int64, one entry per id."""
 
 
 class _Strict(BaseModel):
@@ -36,42 +36,42 @@ class Shard(_Strict):
 
 
 class Manifest(_Strict):
-    """All shards of both splits, in the order of their tokens."""
+    """All shards of both splits, in token order."""
 
     dtype: Literal["uint16", "int32"]
-    """The numpy type of a token in .bin files, little-endian."""
+    """Numpy type of a token in .bin files, little-endian."""
     vocab_size: int
     eod_id: int
-    """The id that ends every document."""
+    """Ends every document."""
     tokens: dict[Split, int]
-    """End-of-document tokens included."""
+    """Including end-of-document tokens."""
     documents: dict[Split, int]
     bytes: dict[Split, int]
-    """UTF-8 bytes of the documents' texts, for losses in bits a byte."""
+    """UTF-8 bytes of the documents' texts, for losses in bits per byte."""
     shards: list[Shard]
     tokenizer_sha256: str
     """Digest of ``tokenizer/tokenizer.json``."""
 
     @property
     def digest(self) -> str:
-        """What the data are: another manifest has another order of samples."""
+        """Identifies the data: another manifest means another sample order."""
         return canonical_digest(self.model_dump(mode="json"))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Leave ``manifest.json`` in ``folder``."""
+    """Write ``manifest.json`` to ``folder``."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=1)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards.
+    """Read the manifest of a folder of shards.
 
     Raises:
-        StorageError: it is not there or cannot be read.
+        StorageError: it is missing or unreadable.
     """
     path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise StorageError(f"{path}: cannot be read: {error}; run the shards stage again") from error
+        raise StorageError(f"{path}: unreadable: {error}; rerun the shards stage") from error

@@ -1,9 +1,9 @@
-"""The order of samples: a pseudorandom permutation that can be asked for any position without a table.
+"""The sample order: a pseudorandom permutation that can be evaluated at any position without a table.
 
 A Feistel network (Luby and Rackoff, doi 10.1137/0217022) permutes the smallest power of four that is not below the
-number of samples; positions that fall outside are permuted again until they fall inside (cycle walking, Black and
-Rogaway, doi 10.1007/3-540-45760-7_9). Rounds are BLAKE2b with a key, so the order is the same on every machine and
-with every version of numpy, and needs no memory for a corpus of any size.
+number of samples. Positions that land outside are permuted again until they land inside (cycle walking, Black and
+Rogaway, doi 10.1007/3-540-45760-7_9). The round function is keyed BLAKE2b, so the order is the same on every machine
+and numpy version, and takes no memory whatever the corpus size.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ _ROUNDS = 6
 
 
 def shuffle_key(*, seed: int, epoch: int, manifest_digest: str) -> bytes:
-    """What one epoch's order depends on, as a key of 32 bytes."""
+    """A 32-byte key of everything that an epoch's order depends on."""
     return hashlib.sha256(f"{seed}:{epoch}:{manifest_digest}".encode()).digest()
 
 
 def shuffled(position: int, *, num_samples: int, key: bytes) -> int:
-    """The sample at ``position``: over all positions in [0, num_samples) every sample occurs once."""
+    """The sample at ``position``. Over all positions in [0, num_samples), every sample occurs once."""
     assert 0 <= position < num_samples
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     position = _feistel(position, half_bits=half_bits, key=key)

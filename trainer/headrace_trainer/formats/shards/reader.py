@@ -1,8 +1,8 @@
-"""Samples of tokens for the training loop, by a global counter: memory-mapped, in an order that nothing can shift.
+"""Token samples for the training loop, by global index: memory-mapped, in an order that nothing shifts.
 
-In: a folder that the ``shards`` stage left. Out: windows of ``sequence_length + 1`` ids. The stream of a split is its
-shards end to end; sample ``i`` begins at token ``i * sequence_length``. How many ranks there are, and how long training
-will be, has no influence, so the number of consumed samples is the whole state of the data.
+In: the output folder of a ``shards`` stage. Out: windows of ``sequence_length + 1`` ids. A split's stream is its shards
+end to end; window ``i`` starts at token ``i * sequence_length``. Neither the number of ranks nor the length of training
+matters, so the number of consumed samples is the whole data state.
 
 Shapes: T = sequence_length.
 """
@@ -23,9 +23,9 @@ class TokenDataset:
     """The samples of one split.
 
     Attributes:
-        manifest: what the shards are.
-        num_samples: samples in an epoch.
-        num_tokens: tokens of the split.
+        manifest: describes the shards.
+        num_samples: samples per epoch.
+        num_tokens: tokens in the split.
     """
 
     def __init__(self, folder: Path, split: str, sequence_length: int, seed: int, *, verify: bool = True) -> None:
@@ -33,14 +33,15 @@ class TokenDataset:
 
         Args:
             folder: a local copy of a shards artifact.
-            split: ``train``, which is shuffled anew in each epoch, or ``validation``, whose one order is the same for
-                every run: any first part of it is a fair sample of the whole, and the same one.
+            split: ``train``, reshuffled every epoch, or ``validation``, whose order is the same for every run, so that
+            any
+                prefix of it is the same fair sample.
             sequence_length: T, in tokens.
-            seed: decides the order of ``train``.
-            verify: whether the shards' digests are checked; one rank of a node is enough.
+            seed: determines the order of ``train``.
+            verify: whether to check the shards' digests; once per node is enough.
 
         Raises:
-            StorageError: a shard is missing or its digest does not match the manifest.
+            StorageError: a shard is missing, or its digest does not match the manifest.
             UserError: the split has too few tokens for one sample.
         """
         self.manifest = read_manifest(folder)
@@ -56,10 +57,10 @@ class TokenDataset:
         self._manifest_digest = self.manifest.digest
 
     def sample(self, index: int) -> NDArray[np.int64]:
-        """The sample that is consumed as number ``index`` since the run began.
+        """The ``index``-th sample consumed since the run began.
 
         Args:
-            index: the global counter, from 0; it goes on over epochs.
+            index: the global counter, from 0, continuing across epochs.
 
         Returns:
             ``[T + 1]`` token ids: inputs are all but the last, targets all but the first.
@@ -69,13 +70,13 @@ class TokenDataset:
         return self._read(first, first + self._sequence_length + 1)
 
     def _place(self, epoch: int, position: int) -> int:
-        """Which window of the stream is the ``position``-th of an epoch."""
+        """The window at the ``position``-th place of an epoch."""
         seed, epoch = (self._seed, epoch) if self._split is Split.TRAIN else (0, 0)
         key = shuffle_key(seed=seed, epoch=epoch, manifest_digest=self._manifest_digest)
         return shuffled(position, num_samples=self.num_samples, key=key)
 
     def _read(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [first, stop) of the stream; a window may go over the end of a shard."""
+        """Tokens [first, stop) of the stream; a window may span shards."""
         pieces, i = [], int(np.searchsorted(self._ends, first, side="right"))
         while first < stop:
             begin = int(self._ends[i]) - len(self._parts[i])
@@ -87,14 +88,14 @@ class TokenDataset:
     def _check_enough(self) -> None:
         if self.num_samples == 0:
             raise UserError(
-                f"sequenceLength: {self._sequence_length}: the {self._split} split has {self.num_tokens} tokens, and one "
-                f"sample needs {self._sequence_length + 1}; shorten the sequence, give the corpus stage more text"
+                f"sequenceLength: {self._sequence_length}: the {self._split} split has {self.num_tokens} tokens, but "
+                f"one sample needs {self._sequence_length + 1}; shorten the sequence, give the corpus stage more text"
                 + (", or raise shards.validationRatio" if self._split is Split.VALIDATION else "")
             )
 
 
 def verify_shards(folder: Path, shards: list[Shard]) -> None:
-    """Compare every file with its digest in the manifest.
+    """Check every file against its digest in the manifest.
 
     Raises:
         StorageError: names the first file that is missing or differs.
@@ -106,11 +107,11 @@ def verify_shards(folder: Path, shards: list[Shard]) -> None:
 
 def _verify_file(path: Path, *, expected: str) -> None:
     if not path.is_file():
-        raise StorageError(f"{path}: the shard is missing; run the shards stage again")
+        raise StorageError(f"{path}: the shard is missing; rerun the shards stage")
     found = sha256_file(path)
     if found != expected:
         raise StorageError(
-            f"{path}: the shard is corrupt: sha256 is {found}, the manifest says {expected}; run the shards stage again"
+            f"{path}: the shard is corrupt: sha256 is {found}, the manifest says {expected}; rerun the shards stage"
         )
 
 

@@ -1,6 +1,6 @@
-"""Which documents are kept for validation: decided by the text alone.
+"""Assigns documents to training or validation by their text alone.
 
-So the same text is on the same side in every run, wherever it stands in the corpus, and copies of it too.
+So equal texts land on the same side in every run, wherever they occur in the corpus.
 """
 
 import hashlib
@@ -8,13 +8,13 @@ from enum import StrEnum
 
 
 class Split(StrEnum):
-    """What a document is for."""
+    """What a document is used for."""
 
     TRAIN = "train"
     VALIDATION = "validation"
 
 
 def split_of(text: str, *, validation_ratio: float) -> Split:
-    """The side that ``text`` is on."""
+    """The split that ``text`` belongs to."""
     uniform = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
     return Split.VALIDATION if uniform < validation_ratio else Split.TRAIN

@@ -1,8 +1,8 @@
 """The corpus stage: raw files in many formats -> cleaned documents, with a report of what was dropped and why.
 
-``sources`` finds the files, ``readers`` reads them, ``clean`` judges each text by ``language`` and ``quality``, ``dedup``
-drops repeats, ``funnel`` counts. ``stage`` puts them in order.
-Beside the stage, ``machine_docs`` gathers English text that every installation has.
+``sources`` finds the files, ``readers`` reads them, ``clean`` filters each text by ``language`` and ``quality``,
+``dedup`` drops duplicates, ``funnel`` counts; ``stage`` runs them in order. ``machine_docs``, a separate command,
+gathers English text that every installation has.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def run(ctx: "StageContext") -> dict[str, float]:
     """Read, filter and deduplicate the sources of ``ctx.config`` into ``ctx.output``."""
-    # Imported here: readers of finished corpora need neither datatrove nor trafilatura, which take seconds to load.
+    # Imported late: datatrove and trafilatura take seconds to load, and readers of finished corpora need neither.
     from headrace_trainer.stages.corpus.stage import run_corpus
 
     return run_corpus(ctx)

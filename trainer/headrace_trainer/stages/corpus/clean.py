@@ -1,7 +1,7 @@
-"""A few files -> the documents of them that are kept, with digests for deduplication.
+"""Clean a few files: keep the documents that pass the filters, with digests for deduplication.
 
-In: a ``Unit`` of files. Out: a part file, a line a document: digest, characters, JSON; and the funnel up to here. Units
-are independent, so they run in processes of their own. Next: ``stage`` merges parts in order.
+In: a ``Unit`` of files. Out: a part file with a line per document (digest, characters, JSON), and the funnel so far.
+Units are independent, so they run in separate processes. Next: ``stage`` merges the parts in order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Neighbouring files of one source that one process reads."""
+    """Consecutive files of one source, read by one process."""
 
     index: int
     source: int
@@ -34,7 +34,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned:
-    """What became of a unit."""
+    """The result of cleaning a unit."""
 
     unit: Unit
     part: Path
@@ -43,7 +43,7 @@ class Cleaned:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A document that passed every rule but deduplication."""
+    """A document that passed every filter except deduplication."""
 
     digest: bytes
     characters: int
@@ -52,7 +52,7 @@ class Candidate:
 
 
 def units_of(files: Sequence[SourceFile]) -> list[Unit]:
-    """Cut files into units of about 4 MiB; a larger file is a unit of its own."""
+    """Group files into units of about 4 MiB; a larger file is its own unit."""
     groups: list[list[SourceFile]] = []
     for file in files:
         fits = groups and groups[-1][0].source == file.source
@@ -64,14 +64,14 @@ def units_of(files: Sequence[SourceFile]) -> list[Unit]:
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaner:
-    """Cleans units by the rules of a manifest."""
+    """Cleans units by a manifest's rules."""
 
     config: Corpus
     storage: Storage
     scratch: Path
 
     def __call__(self, unit: Unit) -> Cleaned:
-        """Read, judge and write one unit.
+        """Read, filter and write one unit.
 
         Raises:
             UserError: a file cannot be read.
@@ -100,7 +100,7 @@ class Cleaner:
                 yield Candidate(digest=text_digest(text), characters=len(text), line=encode_document(document))
 
     def _judge(self, text: str, judge: QualityJudge) -> tuple[str, str | None]:
-        """The language, and the reason to drop the text if there is one."""
+        """The language, and the reason to drop the text, if any."""
         if not text:
             return "", "noText"
         language, probability = identify(text)
@@ -117,7 +117,7 @@ def _pack(candidate: Candidate) -> bytes:
 
 
 def read_part(path: Path) -> Iterator[Candidate]:
-    """What a ``Cleaner`` wrote."""
+    """Read what a ``Cleaner`` wrote."""
     header_characters = 2 * (DIGEST_BYTES + _LENGTH_BYTES)
     with path.open("rb") as lines:
         for line in lines:

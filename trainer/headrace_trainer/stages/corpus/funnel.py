@@ -1,6 +1,6 @@
-"""How many documents and characters came in, were dropped for which reason, and came out: for each source.
+"""Counts per source: documents and characters read, dropped by reason, and kept.
 
-In: one call a document. Out: ``report.json`` and the table that people read.
+In: one call per document. Out: ``report.json`` and the table that people read.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ REASONS = (
     "minStopWords",
     "dedup",
 )
-"""Why a document is dropped, in the order in which it is judged: noText, or the manifest's field that decided."""
+"""Why a document is dropped, in the order of the checks: noText, or the manifest field that decided."""
 
 
 @dataclass
@@ -33,34 +33,30 @@ class Count:
     characters: int = 0
 
     def add(self, characters: int) -> None:
-        """Count one document."""
         self.documents += 1
         self.characters += characters
 
     def plus(self, other: "Count") -> "Count":
-        """Both together."""
         return Count(self.documents + other.documents, self.characters + other.characters)
 
     def as_json(self) -> dict[str, int]:
-        """As in the report."""
         return {"documents": self.documents, "characters": self.characters}
 
 
 @dataclass
 class Funnel:
-    """The way of one source's documents, or of several sources together."""
+    """Counts of one source, or of several combined."""
 
     read: Count = field(default_factory=Count)
     dropped: dict[str, Count] = field(default_factory=dict)
 
     def drop(self, reason: str, characters: int) -> None:
-        """Count a document that was read as dropped."""
+        """Count a document, already counted as read, as dropped."""
         assert reason in REASONS, reason
         self.dropped.setdefault(reason, Count()).add(characters)
 
     @property
     def kept(self) -> Count:
-        """What was read and not dropped."""
         lost = [*self.dropped.values()]
         return Count(
             self.read.documents - sum(c.documents for c in lost),
@@ -68,25 +64,24 @@ class Funnel:
         )
 
     def plus(self, other: "Funnel") -> "Funnel":
-        """Both together."""
+        """The sum of two funnels."""
         names = [r for r in REASONS if r in self.dropped or r in other.dropped]
         dropped = {r: self.dropped.get(r, Count()).plus(other.dropped.get(r, Count())) for r in names}
         return Funnel(read=self.read.plus(other.read), dropped=dropped)
 
     def as_json(self) -> dict[str, Any]:
-        """As in the report."""
         dropped = {r: self.dropped[r].as_json() for r in REASONS if r in self.dropped}
         return {"read": self.read.as_json(), "dropped": dropped, "kept": self.kept.as_json()}
 
     def summary(self) -> str:
-        """One line: what was read, and which reason dropped how much, the largest first."""
+        """One line: what was read and what each reason dropped, largest first."""
         losses = sorted(self.dropped.items(), key=lambda item: -item[1].documents)
         said = ", ".join(f"{reason} dropped {count.documents:,}" for reason, count in losses)
         return f"{self.read.documents:,} documents read; {said or 'none dropped'}"
 
 
 def total_of(funnels: Iterable[Funnel]) -> Funnel:
-    """All sources together."""
+    """The sum over all sources."""
     total = Funnel()
     for funnel in funnels:
         total = total.plus(funnel)
@@ -94,7 +89,7 @@ def total_of(funnels: Iterable[Funnel]) -> Funnel:
 
 
 def render_table(names: list[str], funnels: list[Funnel]) -> str:
-    """The funnel as text: one block a source, then the total if there are several."""
+    """The funnel as text: a block per source, then the total if there are several."""
     blocks = [_block(name, funnel) for name, funnel in zip(names, funnels, strict=True)]
     if len(funnels) > 1:
         blocks.append(_block("all sources", total_of(funnels)))

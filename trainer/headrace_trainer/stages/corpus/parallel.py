@@ -1,4 +1,4 @@
-"""Doing one thing to many items on the processors that this pod may use."""
+"""Map a function over items, using the CPUs available to this pod."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def available_cpus() -> int:
-    """Processors that this process may keep busy: its affinity, and the container's CPU limit."""
+    """CPUs that this process may use: its affinity, capped by the container's CPU limit."""
     allowed = len(os.sched_getaffinity(0))
     if not _QUOTA.is_file():
         return allowed
@@ -23,17 +23,17 @@ def available_cpus() -> int:
 
 
 def map_in_order(function: Callable[[T], R], items: Sequence[T], *, workers: int) -> Iterator[R]:
-    """``function`` of every item, in the items' order; the first failing item's error is raised.
+    """Apply ``function`` to every item, in order. Raises the error of the first item that fails.
 
     Args:
-        function: what is done; with several workers it and the items are pickled.
-        items: what it is done to.
-        workers: processes; 1 works in this one.
+        function: pickled, like the items, if there are several workers.
+        items: its arguments.
+        workers: number of processes; 1 means this one.
     """
     if min(workers, len(items)) <= 1:
         yield from map(function, items)
         return
-    # Not fork: threads of object storage clients may hold locks that a forked child would wait for.
+    # Not fork: a forked child could deadlock on locks held by object storage threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(max_workers=min(workers, len(items)), mp_context=context)
     try:

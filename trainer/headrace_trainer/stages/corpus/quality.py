@@ -1,6 +1,6 @@
-"""Whether text reads like prose: the rules of Gopher (arXiv 2112.11446, table A1) as datatrove has them.
+"""Quality filter: the Gopher rules (arXiv 2112.11446, table A1) as implemented by datatrove.
 
-In: a text and its language. Out: the name of the first rule that it breaks, spelled as the manifest's field, or None.
+In: a text and its language. Out: the first rule it breaks, named as the manifest's field, or None.
 """
 
 import re
@@ -23,14 +23,14 @@ RULES = {
     "gopher_below_alpha_threshold": "minAlphabeticWordRatio",
     "gopher_enough_stop_words": "minStopWords",
 }
-"""What datatrove calls a broken rule -> the field that holds its bound."""
+"""datatrove's name of a rule -> the field that sets its bound."""
 
 
 class Words(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
-    """Words are what stands between white space, as Gopher counts them.
+    """Splits words at white space, as Gopher does.
 
-    datatrove's own choice, spaCy, makes each comma a word without letters: code samples and tables then fail
-    ``minAlphabeticWordRatio``, and it is many times as slow.
+    datatrove's default, spaCy, treats each comma as a word without letters, so that code samples and tables fail
+    ``minAlphabeticWordRatio``; it is also many times slower.
     """
 
     def word_tokenize(self, text: str) -> list[str]:
@@ -44,18 +44,18 @@ class Words(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
 
 
 class QualityJudge:
-    """Applies the bounds of a manifest's ``quality`` block."""
+    """Applies a manifest's ``quality`` block."""
 
     def __init__(self, quality: Quality) -> None:
         self._english = None if quality.rules is QualityRules.NONE else _gopher(quality, quality.min_stop_words)
-        # The stop words are English: other languages would all break that rule.
+        # The stop words are English: any other language would fail that rule.
         self._others = None if quality.rules is QualityRules.NONE else _gopher(quality, 0)
 
     def broken_rule(self, text: str, *, language: str) -> str | None:
-        """The first rule that ``text`` breaks.
+        """The first rule that ``text`` breaks, or None.
 
         Args:
-            text: at least one character that is not white space.
+            text: not empty or all white space.
             language: its ISO 639 code.
         """
         gopher = self._english if language == "en" else self._others

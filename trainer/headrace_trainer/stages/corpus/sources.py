@@ -1,4 +1,4 @@
-"""Which files the sources of a corpus are, in one fixed order, and how each is read.
+"""List the files of a corpus' sources, in a fixed order, and how to read each.
 
 In: the ``sources`` of a manifest. Out: ``SourceFile`` values, for ``readers``.
 """
@@ -15,7 +15,7 @@ _FORMATS = {
     ".wet": Format.WET,
     ".jsonl": Format.JSONL,
     ".ndjson": Format.JSONL,
-    # Public corpora name JSON lines so; a file that is one JSON value over many lines fails loudly at its first line.
+    # Public corpora use .json for JSON lines. A single JSON value spread over lines fails loudly at its first line.
     ".json": Format.JSONL,
     ".parquet": Format.PARQUET,
     ".html": Format.HTML,
@@ -40,14 +40,14 @@ def format_of(name: str) -> Format:
 
 
 def find_files(sources: Sequence[Source], storage: Storage) -> list[SourceFile]:
-    """Every file of every source: sources as listed, files by name.
+    """Every file of every source: sources in the manifest's order, files by name.
 
     Args:
         sources: the manifest's list.
-        storage: names the S3 endpoint and region.
+        storage: the S3 endpoint and region.
 
     Raises:
-        UserError: a source has no file.
+        UserError: a source has no files.
     """
     return [file for i, source in enumerate(sources) for file in _files_of(i, source, storage)]
 

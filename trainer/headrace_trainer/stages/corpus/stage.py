@@ -1,4 +1,4 @@
-"""The corpus stage from end to end: find files, clean them in parallel, merge in order without repeats, report.
+"""The corpus stage: find files, clean them in parallel, merge and deduplicate in order, report.
 
 In: a ``StageContext`` with a ``Corpus`` block. Out: ``documents-*.jsonl.gz`` and ``report.json`` in ``ctx.output``. The
 result does not depend on the number of processes.
@@ -19,7 +19,7 @@ from headrace_trainer.stages.corpus.language import known_languages
 from headrace_trainer.stages.corpus.parallel import available_cpus, map_in_order
 from headrace_trainer.stages.corpus.sources import SourceFile, find_files
 
-# Below this, starting processes takes longer than they save.
+# Below this size, starting processes takes longer than it saves.
 _PARALLEL_BYTES = 4 << 20
 
 
@@ -65,7 +65,7 @@ def _clean(ctx: StageContext, config: Corpus, files: list[SourceFile]) -> Iterab
 def _merge(
     ctx: StageContext, config: Corpus, cleaned: Iterable[Cleaned], funnels: list[Funnel], *, num_files: int
 ) -> None:
-    """Write what is kept, in the order of sources, files and records; counts go into ``funnels``, one a source."""
+    """Write what is kept, in the order of sources, files and records; count into ``funnels``, one per source."""
     seen, files_done = SeenTexts() if config.dedup is Dedup.EXACT else None, 0
     with DocumentWriter(ctx.output) as writer:
         for done in cleaned:
@@ -76,7 +76,7 @@ def _merge(
                 phase="Running", done=files_done, total=num_files, unit="files", message=f"{kept:,} documents kept"
             )
             if ctx.stop_requested():
-                raise Stopped("asked to stop before the corpus was complete; it will be read again from the start")
+                raise Stopped("stopped before the corpus was complete; the next attempt starts over")
 
 
 def _merge_part(done: Cleaned, funnels: list[Funnel], seen: SeenTexts | None, writer: DocumentWriter) -> None:
@@ -95,12 +95,12 @@ def _check_something_left(total: Funnel) -> None:
         raise UserError("corpus.sources: the files hold no documents; check the addresses and each source's format")
     if total.kept.documents == 0:
         raise UserError(
-            f"corpus: no document is left: {total.summary()}; loosen the field that dropped most, or name other sources"
+            f"corpus: no document is left: {total.summary()}; relax the field that dropped most, or add other sources"
         )
 
 
 def _report(folder: Path, config: Corpus, funnels: list[Funnel]) -> None:
-    """Leave the funnel as ``report.json`` and print it as a table."""
+    """Write the funnel to ``report.json`` and print it as a table."""
     names = [source.uri for source in config.sources]
     sources = [{"uri": name} | funnel.as_json() for name, funnel in zip(names, funnels, strict=True)]
     report = {"total": total_of(funnels).as_json(), "sources": sources}

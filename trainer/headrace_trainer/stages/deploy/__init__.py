@@ -1,7 +1,7 @@
 """The deploy stage: an exported model -> an OpenAI-compatible server that has answered a completion.
 
-``port`` and ``place`` say where it listens, ``hub`` gives the model its name, ``command`` decides what is started,
-``engine`` is the child, ``client`` asks it, ``stage`` puts them in order. ``ready`` is the pod's readiness probe: it
+``port`` and ``place`` decide where it listens, ``hub`` names the model, ``command`` builds the command line, ``engine``
+is the child process, ``client`` queries it; ``stage`` runs them in order. ``ready`` is the pod's readiness probe: it
 imports this package, so nothing heavy may be imported here.
 """
 
@@ -15,8 +15,8 @@ def run(ctx: "StageContext") -> NoReturn:
     """Serve the model of ``ctx.input("model")`` until asked to stop.
 
     Raises:
-        Stopped: the server was asked to stop, and has ended.
-        EngineFailed: the server died, or does not answer.
+        Stopped: the server was asked to stop, and has.
+        EngineFailed: the server died or does not answer.
         UserError: the engine is not installed, or no port is free.
     """
     from headrace_trainer.stages.deploy.stage import run_deploy

@@ -1,4 +1,4 @@
-"""One completion over HTTP, with the standard library alone: ``stage`` waits for it, ``ready`` asks for it."""
+"""One completion over HTTP, using only the standard library: ``stage`` waits for it, ``ready`` probes with it."""
 
 import http.client
 import json
@@ -7,14 +7,14 @@ import urllib.request
 from typing import Any
 
 PROMPT = "The"
-"""What servers are asked: a word that every tokenizer turns into at least one token."""
+"""The probe's prompt: any tokenizer turns it into at least one token."""
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Never through a proxy that the environment names: the server is on this machine."""
+"""Bypasses any proxy: the server is on this machine."""
 
 
 class Refused(Exception):
-    """Something answered, but not with a completion.
+    """The server answered, but not with a completion.
 
     Attributes:
         status: the HTTP status.
@@ -26,15 +26,15 @@ class Refused(Exception):
 
 
 def complete(address: str, *, max_tokens: int, timeout_seconds: float) -> str:
-    """The greedy continuation of ``PROMPT``, asked for as any OpenAI client would: the listed model is the one used.
+    """The greedy continuation of ``PROMPT``, requested like any OpenAI client would, from the model that is listed.
 
     Args:
-        address: as ``http://127.0.0.1:8000``.
+        address: such as ``http://127.0.0.1:8000``.
         max_tokens: the longest continuation.
         timeout_seconds: for each of the two requests.
 
     Raises:
-        Refused: an error, or an answer of another form.
+        Refused: an error, or an answer in another format.
         OSError: no answer.
     """
     models = _call(f"{address}/v1/models", timeout_seconds=timeout_seconds)
@@ -43,7 +43,7 @@ def complete(address: str, *, max_tokens: int, timeout_seconds: float) -> str:
         answer = _call(f"{address}/v1/completions", body, timeout_seconds=timeout_seconds)
         return str(answer["choices"][0]["text"])
     except (KeyError, IndexError, TypeError) as error:
-        raise Refused(f"{address}: an answer without {error}", status=200) from error
+        raise Refused(f"{address}: the answer lacks {error}", status=200) from error
 
 
 def _call(url: str, body: dict[str, Any] | None = None, *, timeout_seconds: float) -> Any:

@@ -1,12 +1,12 @@
-"""What is started: the command and environment of each engine. Pure, but for the look at what is installed.
+"""The command line and environment of each engine. Pure, except for looking up the executable.
 
-Both engines speak OpenAI's protocol. ``/v1/models`` lists the one model, under the name ``<run>/<export stage>``.
-``/v1/completions`` continues a text: greedily with ``"temperature": 0``, else as the export's generation_config.json says;
-``"stream": true`` streams. ``/v1/chat/completions`` needs a chat template in the tokenizer, which a model that was only
-pretrained does not have: transformers answers 500 then, and refuses with 400 a request for another model's name.
+Both engines speak the OpenAI API. ``/v1/models`` lists one model, named ``<run>/<export stage>``. ``/v1/completions``
+continues a text: greedily with ``"temperature": 0``, else with the sampling of the export's generation_config.json;
+``"stream": true`` streams. ``/v1/chat/completions`` needs a chat template in the tokenizer, which a purely pretrained
+model lacks: transformers then answers 500. It rejects requests for other models with 400.
 
-transformers is started without ``--continuous-batching``: in 5.23 the sampling settings of the first request would be
-those of every later one, and the first request asks for one greedy token.
+transformers runs without ``--continuous-batching``: in 5.23 the first request's sampling settings would apply to all
+later ones, and our first request asks for one greedy token.
 """
 
 import os
@@ -28,14 +28,14 @@ _REMEDIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model and the machine part that it gets."""
+    """A model, and the GPUs it gets."""
 
     name: str
     """The model's id in the API."""
     folder: Path
     """The exported model."""
     dtype: str
-    """The weights' data type, as config.json names it."""
+    """The weights' data type, as in config.json."""
     num_gpus: int
 
 
@@ -43,21 +43,21 @@ def engine_command(engine: Engine, program: str, served: Served, place: Place) -
     """The engine's command line.
 
     Args:
-        engine: which one.
+        engine: the engine.
         program: its executable.
-        served: the model; transformers finds it by name in its cache, vLLM by folder.
+        served: the model. transformers finds it by name in its cache, vLLM by folder.
         place: where to listen.
     """
     listen = ["--host", place.host, "--port", str(place.port)]
     if engine is Engine.TRANSFORMERS:
         return [program, "serve", served.name, *listen, "--device", "auto" if served.num_gpus else "cpu"]
-    # Left alone, vLLM would serve float32 in 16 bits: not the numbers that were evaluated.
+    # By default vLLM would serve float32 weights in 16 bits, unlike the model that was evaluated.
     model = [str(served.folder), "--served-model-name", served.name, "--dtype", served.dtype]
     return [program, "serve", *model, *listen, "--tensor-parallel-size", str(max(1, served.num_gpus))]
 
 
 def engine_environment(inherited: Mapping[str, str], *, home: Path) -> dict[str, str]:
-    """The engine's environment: nothing is asked of any network, nothing is written elsewhere, no credentials.
+    """The engine's environment: offline, caching only below ``home``, without S3 credentials.
 
     Args:
         inherited: this process's environment.
@@ -68,7 +68,7 @@ def engine_environment(inherited: Mapping[str, str], *, home: Path) -> dict[str,
         "HF_HOME": str(home),
         "HF_HUB_CACHE": str(hub_cache(home)),
         "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # offline or not, the command line asks for its newest version
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # the CLI checks for updates even when offline
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_CACHE_ROOT": str(home / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
@@ -81,7 +81,7 @@ def hub_cache(home: Path) -> Path:
 
 
 def find_program(engine: Engine) -> str:
-    """The engine's executable: beside this Python, or else on the path.
+    """The engine's executable: next to this Python, else on the path.
 
     Raises:
         UserError: it is not installed.

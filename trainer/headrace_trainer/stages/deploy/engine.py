@@ -1,4 +1,4 @@
-"""The engine as a child: it dies with this process, its log passes through, and its last words are kept."""
+"""The engine as a child process: it dies with this process, and its log is forwarded and its last lines kept."""
 
 import contextlib
 import os
@@ -19,14 +19,14 @@ _LOG_SECONDS = 2.0
 
 
 class EngineFailed(RuntimeError):
-    """The engine died, or does not answer as it should; the message ends with the last lines of its log."""
+    """The engine died or does not answer properly. The message ends with the last lines of its log."""
 
 
 class EngineProcess:
-    """A running engine. It leads a process group, so that its workers can be ended with it; it stays in this process's
-    session, so that the agent's end of the session reaches them too, when this process was killed.
+    """A running engine. It leads a process group, so that its workers are killed with it, but stays in this process's
+    session, so that the agent reaches them even after this process was killed.
 
-    The thread that makes it must live as long as it should: the kernel's death signal is about threads.
+    Create it in a thread that lives as long as it should: the kernel's parent-death signal follows the thread.
     """
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
@@ -49,14 +49,14 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, which is also its group's."""
+        """The process id, and its group's."""
         return self._process.pid
 
     def check(self) -> None:
-        """Do nothing while the engine runs.
+        """Check that the engine is running.
 
         Raises:
-            EngineFailed: it has ended.
+            EngineFailed: it has exited.
         """
         code = self._process.poll()
         if code is not None:
@@ -64,12 +64,12 @@ class EngineProcess:
             raise self.failed(_how_it_ended(code))
 
     def failed(self, what: str) -> EngineFailed:
-        """An error that says what happened to which process, and what it logged last."""
+        """An error with what happened, the process, and its last log lines."""
         last = "\n".join(self._lines)[-_LAST_CHARACTERS:] or "nothing"
         return EngineFailed(f"{self.name} (process {self.pid}) {what}; its log ends with:\n{last}")
 
     def stop(self, *, grace_seconds: float) -> None:
-        """End the engine and all of its group: by request, and after ``grace_seconds`` by force."""
+        """Stop the engine and its group: SIGTERM, then SIGKILL after ``grace_seconds``."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -91,6 +91,6 @@ class EngineProcess:
 
 def _how_it_ended(code: int) -> str:
     if code >= 0:
-        return f"ended with exit code {code}"
+        return f"exited with code {code}"
     hint = "; if nobody did that, it may have run out of memory" if code == -signal.SIGKILL else ""
-    return f"was ended by {signal.Signals(-code).name}{hint}"
+    return f"was killed by {signal.Signals(-code).name}{hint}"

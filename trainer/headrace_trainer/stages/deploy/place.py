@@ -1,4 +1,4 @@
-"""Where a server listens, and what others call that: pure."""
+"""Where a server listens, and the address that clients use. Pure."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,26 @@ from headrace_trainer.stages.deploy.port import LOOPBACK
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """The two sides of an address."""
+    """Both sides of an address."""
 
     host: str
-    """The interface that the engine binds."""
+    """The interface that the engine binds to."""
     port: int
     endpoint: str
     """Where clients reach it."""
 
     @property
     def local(self) -> str:
-        """The address from this machine or pod."""
+        """The address within this machine or pod."""
         return f"http://{LOOPBACK}:{self.port}"
 
 
 def local_place(port: int) -> Place:
-    """On this machine, for this machine alone."""
+    """Listen on loopback only."""
     return Place(host=LOOPBACK, port=port, endpoint=f"http://{LOOPBACK}:{port}")
 
 
 def cluster_place(resolved: ResolvedStage, *, port: int) -> Place:
-    """In a pod, behind the Service that the operator makes for the stage."""
+    """Listen in a pod, behind the stage's Service."""
     service = service_name(resolved.run, resolved.stage.name)
     return Place(host="0.0.0.0", port=port, endpoint=f"http://{service}.{resolved.namespace}.svc:{port}")

@@ -1,4 +1,4 @@
-"""Which port a server gets on a machine that it shares with others."""
+"""Find a free port on a shared machine."""
 
 import errno
 import socket
@@ -13,10 +13,10 @@ _LAST = 65535
 
 @contextmanager
 def claimed_port(first: int) -> Iterator[int]:
-    """The next free port from ``first``, which no other run on this machine is given before the block ends.
+    """The next free port from ``first``, reserved against other runs on this machine until the block ends.
 
-    An engine listens only after its model is loaded, so until then the claim is a name in the kernel's abstract socket
-    namespace: it goes with the process, leaves no file, and is seen wherever the port would be.
+    An engine starts listening only once its model is loaded. Until then the reservation is a name in the kernel's
+    abstract socket namespace: it vanishes with the process, leaves no file, and is visible wherever the port would be.
 
     Raises:
         UserError: no port is free.
@@ -26,12 +26,12 @@ def claimed_port(first: int) -> Iterator[int]:
             if _binds(claim, f"\0headrace-port-{port}") and _is_free(port):
                 yield port
                 return
-    raise UserError(f"deploy.port: {first}: no port from there to {_LAST} is free; choose a lower one")
+    raise UserError(f"deploy.port: {first}: no free port from there to {_LAST}; choose a lower one")
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # As servers do: connections of an earlier server that still wait for their end do not block its port.
+        # As servers do: an earlier server's connections in TIME_WAIT do not block its port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return _binds(probe, (LOOPBACK, port))
 

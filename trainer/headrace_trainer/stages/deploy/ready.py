@@ -1,6 +1,6 @@
 """The readiness probe of a serving pod: ``python -m headrace_trainer.stages.deploy.ready``.
 
-In: ``HEADRACE_SCRATCH``, and in it the note that ``stage`` leaves. Out: 0 if the server answers a completion now, else 1.
+In: ``HEADRACE_SCRATCH``, with the note left by ``stage``. Out: exit code 0 if the server answers a completion, else 1.
 """
 
 import json
@@ -11,13 +11,13 @@ from pathlib import Path
 from headrace_trainer.stages.deploy.client import Refused, complete
 
 SERVER_FILE = "server.json"
-"""Holds the port, below the scratch folder."""
+"""In the scratch folder; holds the port."""
 _TIMEOUT_SECONDS = 4.0
-"""For each of two requests; both fit into the ten seconds that the pod gives a probe."""
+"""For each of two requests; together they fit into the probe's ten seconds."""
 
 
 def main() -> int:
-    """Ask for one token; what is wrong goes to the standard error, where ``kubectl describe`` finds it."""
+    """Ask for one token. Errors go to standard error, where ``kubectl describe`` shows them."""
     note = Path(os.environ.get("HEADRACE_SCRATCH", "/tmp/headrace")) / SERVER_FILE
     try:
         port = int(json.loads(note.read_text())["port"])

@@ -1,4 +1,4 @@
-"""The order of a deployment: find the engine, fetch the model, start, wait for a completion, stay with it."""
+"""The deploy stage: find the engine, fetch the model, start, wait for a completion, keep serving."""
 
 import json
 import math
@@ -23,18 +23,18 @@ from headrace_trainer.stages.deploy.ready import SERVER_FILE
 
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 5.0
-"""Each report of a server is a request to the operator, and says nothing new."""
+"""Reports are infrequent: each one is a request to the operator and says nothing new."""
 _START_SECONDS = 1800.0
-"""Large models are read from disk for minutes; an engine that needs longer than this hangs."""
+"""Large models take minutes to read from disk; an engine that needs longer than this hangs."""
 _ANSWER_SECONDS = 60.0
-"""For a first completion, which may compile. Below the agent's grace period, since a stop waits for it."""
+"""For the first completion, which may compile. Shorter than the agent's grace period, since a stop waits for it."""
 _STOP_SECONDS = 20.0
-"""For requests that are being answered when the stop comes."""
+"""For requests in flight when the stop comes."""
 _UNAVAILABLE = 503
 
 
 def run_deploy(ctx: StageContext) -> NoReturn:
-    """Serve until asked to stop; ``run`` of this package says what is raised."""
+    """Serve until asked to stop. Raises as ``run`` in this package does."""
     config = ctx.config
     assert isinstance(config, Deploy)
     program = find_program(config.engine)
@@ -48,7 +48,7 @@ def run_deploy(ctx: StageContext) -> NoReturn:
     with _place(ctx, config) as place:
         write_atomically(ctx.scratch / SERVER_FILE, json.dumps({"port": place.port}))
         command = engine_command(config.engine, program, served, place)
-        # An engine takes a folder of its working directory for the model, if one has the model's name.
+        # In a working directory that has a folder of the model's name, an engine would load that folder.
         engine = EngineProcess(command, env=engine_environment(os.environ, home=home), cwd=home)
         try:
             _wait_for_answer(ctx, engine, place)
@@ -65,7 +65,7 @@ def _engine_home(ctx: StageContext, served: Served) -> Path:
 
 @contextmanager
 def _place(ctx: StageContext, config: Deploy) -> Iterator[Place]:
-    """In a pod the configured port is free, and the Service counts on it; elsewhere the next free one is claimed."""
+    """In a pod, the configured port: the Service relies on it. Elsewhere, the next free one, reserved."""
     if _in_cluster(ctx):
         yield cluster_place(ctx.resolved, port=config.port)
     else:
@@ -74,12 +74,12 @@ def _place(ctx: StageContext, config: Deploy) -> Iterator[Place]:
 
 
 def _in_cluster(ctx: StageContext) -> bool:
-    """Whether the operator made this pod: a local run may be inside a pod too, as in CI, and reports to a file."""
+    """Whether the operator created this pod. A local run may be inside a pod too, as in CI, but reports to a file."""
     return "KUBERNETES_SERVICE_HOST" in os.environ and not (ctx.resolved.progress_url or "").startswith("file:")
 
 
 def _wait_for_answer(ctx: StageContext, engine: EngineProcess, place: Place) -> None:
-    """Return when a completion was answered: health checks succeed on servers whose model cannot generate."""
+    """Wait for a completion: health checks pass even on servers whose model cannot generate."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         _check(ctx, engine)
@@ -91,7 +91,7 @@ def _wait_for_answer(ctx: StageContext, engine: EngineProcess, place: Place) -> 
             if error.status != _UNAVAILABLE:
                 raise engine.failed(f"does not answer a completion: {error}") from error
         except OSError:
-            pass  # it does not listen yet, or has just died, which the next check finds
+            pass  # not listening yet, or just died, which the next check finds
         time.sleep(_POLL_SECONDS)
     raise engine.failed(f"did not answer within {_START_SECONDS:.0f} s")
 
@@ -108,6 +108,6 @@ def _stay(ctx: StageContext, engine: EngineProcess, place: Place, *, model: str)
 
 def _check(ctx: StageContext, engine: EngineProcess) -> None:
     if ctx.stop_requested():
-        ctx.report(phase="Stopping", message="finishing the answers under way")
-        raise Stopped("the server was asked to stop, and has ended")
+        ctx.report(phase="Stopping", message="finishing requests in flight")
+        raise Stopped("the server was asked to stop, and has")
     engine.check()

@@ -1,7 +1,7 @@
-"""The evaluate stage: how well a model predicts held-out text, beside a unigram model of the same vocabulary.
+"""The evaluate stage: how well a model predicts held-out text, compared with a unigram model.
 
-``measures`` is arithmetic, ``losses`` runs the model, ``unigram`` is the baseline, ``report`` and ``curve`` show it.
-``stage`` puts them in order and checks what was required.
+``measures`` is arithmetic, ``losses`` runs the model, ``unigram`` is the baseline, ``report`` and ``curve`` show the
+results. ``stage`` runs them in order and checks the requirements.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The picture of a training: loss over steps, the held-out loss, and the unigram baseline's.
+"""The loss curve: training loss over steps, held-out loss, and the unigram baseline.
 
 In: ``history.jsonl`` of a pretrain stage. Out: a PNG.
 """
@@ -22,7 +22,7 @@ CURVE_FILE = "loss_curve.png"
 
 _TRAINING, _HELD_OUT, _BASELINE = "#2a78b5", "#c8502d", "#6a6a6a"
 _SMOOTHED_FROM = 150
-"""Points above which single steps are noise, and their running mean is drawn over them."""
+"""From this many points on, the running mean is drawn over the noise."""
 _PERPLEXITIES = [m * 10**e for e in range(6) for m in (1, 2, 5)]
 
 
@@ -31,10 +31,10 @@ def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters:
 
     Args:
         history: ``history.jsonl`` of the pretrain stage.
-        unigram_loss: the baseline's mean loss on held-out text, in nats a token.
-        name: what was trained.
-        num_parameters: how large it is.
-        out: where the picture goes.
+        unigram_loss: the baseline's mean loss on held-out text, in nats per token.
+        name: the run's name.
+        num_parameters: the model's size.
+        out: the file to write.
     """
     records = [json.loads(line) for line in history.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(8.5, 5), dpi=130, layout="constrained")
@@ -49,12 +49,12 @@ def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters:
     _add_token_axis(axes, tokens_per_step=records[-1]["tokens"] / records[-1]["step"])
     _add_perplexity_axis(axes)
     axes.legend(frameon=False)
-    figure.savefig(out, metadata={"Software": None})  # the same picture from every version of matplotlib
+    figure.savefig(out, metadata={"Software": None})  # keeps matplotlib's version out of the file
     plt.close(figure)
 
 
 def _draw_training(axes: Axes, records: list[dict[str, Any]]) -> None:
-    records = [r for r in records if "loss" in r]  # a step that was skipped has none
+    records = [r for r in records if "loss" in r]  # a skipped step has none
     steps, losses = (np.array([r[key] for r in records]) for key in ("step", "loss"))
     if len(records) < _SMOOTHED_FROM:
         axes.plot(steps, losses, color=_TRAINING, lw=1.2, label="training")
@@ -82,7 +82,7 @@ def _add_token_axis(axes: Axes, *, tokens_per_step: float) -> None:
 
 
 def _add_perplexity_axis(axes: Axes) -> None:
-    """The same curve read as perplexity: its marks are at exp(loss)."""
+    """The same curve as perplexity: ticks at exp(loss)."""
     low, high = axes.get_ylim()
     marks = [p for p in _PERPLEXITIES if low <= math.log(p) <= high]
     right = axes.secondary_yaxis("right")

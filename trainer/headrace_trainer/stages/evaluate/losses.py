@@ -1,7 +1,7 @@
-"""The loss of every token of the validation split, under the model.
+"""The model's loss on every token of the validation split.
 
-Windows do not overlap, so each token is predicted once, from what stands before it in its window. Shapes: B = windows
-in a batch, T = sequence length, N = windows.
+Windows do not overlap, so each token is predicted once, from the tokens before it in its window. Shapes: B = windows
+per batch, T = sequence length, N = windows.
 """
 
 from collections.abc import Callable
@@ -22,17 +22,17 @@ _BATCH = 8
 
 
 def evaluation_layout(card: ModelCard, *, num_ranks: int) -> Layout:
-    """All ranks share each matrix: one replica, one pipeline stage.
+    """One replica and one pipeline stage: all ranks share each matrix.
 
     Raises:
-        UserError: the model cannot be split so.
+        UserError: the model cannot be split this way.
     """
     try:
         split_model(Parallelism(tensor=num_ranks), card.architecture)
         return layout(Parallelism(tensor=num_ranks), num_ranks=num_ranks)
     except (FieldError, ValueError) as error:
         raise UserError(
-            f"compute.ranksPerNode: {num_ranks}: ranks of an evaluate stage split the model: {error}"
+            f"compute.ranksPerNode: {num_ranks}: an evaluate stage splits the model over its ranks: {error}"
         ) from error
 
 
@@ -45,11 +45,11 @@ def token_losses(
         model: from ``engine.model.loading``.
         samples: the validation split.
         gang: this rank's place.
-        num_windows: N, how many windows are read.
-        tell: told how many windows are done.
+        num_windows: N, the number of windows to read.
+        tell: called with the number of windows done.
 
     Returns:
-        ``[N, T]``, the same on every rank.
+        ``[N, T]``, equal on every rank.
     """
     objective, parts = NextToken(), []
     with torch.no_grad():

@@ -1,26 +1,26 @@
-"""Surprisal, perplexity and bits per byte. Plain numbers."""
+"""Surprisal, perplexity and bits per byte."""
 
 import math
 
 
 def surprisal(probability: float) -> float:
-    """How unexpected something of this probability is, in nats: 0 where it was certain.
+    """How unexpected an event of this probability is, in nats; 0 if it was certain.
 
-    The loss of a language model is the mean surprisal of the tokens that came.
+    A language model's loss is the mean surprisal of the actual tokens.
     """
-    return 0.0 - math.log(probability)  # not a mere minus sign: that would print certainty as -0.000
+    return 0.0 - math.log(probability)  # plain negation would print certainty as -0.000
 
 
 def perplexity(loss: float) -> float:
-    """The number of equally likely tokens between which a model with this mean loss hesitates."""
+    """The number of equally likely tokens that a model with this mean loss is effectively choosing from."""
     return math.exp(loss)
 
 
 def bits_per_byte(loss: float, *, bytes_per_token: float) -> float:
-    """The loss without its dependence on the tokenizer.
+    """The loss, made independent of the tokenizer.
 
     Args:
         loss: mean over tokens, in nats.
-        bytes_per_token: UTF-8 bytes of text for each token, on the same text.
+        bytes_per_token: UTF-8 bytes per token, on the same text.
     """
     return loss / math.log(2) / bytes_per_token

@@ -1,7 +1,7 @@
-"""What the evaluate stage shows: a table of figures, and tokens that were expected or not. ``report.json``, ``report.md``.
+"""The evaluation report: a table of metrics, and example tokens, expected or not. ``report.json``, ``report.md``.
 
-People check such tables with a calculator. So every loss that is printed is ``surprisal`` of the probability as it is
-printed beside it, and every perplexity is ``perplexity`` of the loss as it is printed.
+People check such tables with a calculator. So every printed loss is ``surprisal`` of the printed probability, and every
+printed perplexity is ``perplexity`` of the printed loss.
 
 Shapes: N = windows, T = sequence length.
 """
@@ -25,11 +25,12 @@ _CONTEXT_TOKENS = 12
 _CONTEXT_CHARACTERS = 48
 _SHOWN = 4
 _SCALE = (0.9, 0.5, 0.1, 0.01)
-"""Probabilities that give a feeling for losses."""
+"""Probabilities shown to give a feeling for losses."""
 _EXPLANATION = f"""\
-The loss is the mean, over held-out tokens, of -log p, where p is the probability that the model gave to the token that
-came. Perplexity is exp(loss): between so many equally likely tokens the model hesitates. The unigram baseline knows how
-often each token occurs and nothing of what stands before it; a model that has learned from context is well below it.
+The loss is the mean of -log p over held-out tokens, where p is the probability that the model gave to the token that
+actually followed. Perplexity is exp(loss): the model is as unsure as if it chose between that many equally likely
+tokens. The unigram baseline knows only how often each token occurs; a model that learned from context is well
+below it.
 
 ![loss curve]({CURVE_FILE})
 """
@@ -37,7 +38,7 @@ often each token occurs and nothing of what stands before it; a model that has l
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One token that came, and how much it was expected."""
+    """One token, and how much the model expected it."""
 
     context: str
     token: str
@@ -52,14 +53,14 @@ class Example:
 def choose_examples(
     losses_NT: NDArray[np.float32], tokens_NT: NDArray[np.int64], tokenizer: Tokenizer
 ) -> list[Example]:
-    """The most expected tokens, some ordinary ones, and the least expected.
+    """The most expected tokens, some typical ones, and the least expected.
 
     Args:
-        losses_NT: of each token, in nats.
-        tokens_NT: the tokens that were predicted.
-        tokenizer: for their text.
+        losses_NT: each token's loss, in nats.
+        tokens_NT: the predicted tokens.
+        tokenizer: decodes them.
     """
-    # The first tokens of a window have little before them that could be shown.
+    # A window's first tokens have too little context to show.
     skipped = min(_CONTEXT_TOKENS, losses_NT.shape[1] // 2)
     eligible_NT = losses_NT[:, skipped:]
     order = np.argsort(eligible_NT, axis=None, kind="stable")
@@ -76,9 +77,9 @@ def _example(losses_T: NDArray[np.float32], tokens_T: NDArray[np.int64], tokeniz
 
 
 def figures_table(metrics: dict[str, float]) -> Table:
-    """Loss and perplexity, the model's beside the baseline's."""
+    """Loss and perplexity of the model, beside the baseline's."""
     table = Table(title="Held-out text", title_justify="left")
-    for column in ("", "loss (nats a token)", "perplexity = exp(loss)", "bits per byte"):
+    for column in ("", "loss (nats per token)", "perplexity = exp(loss)", "bits per byte"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     table.add_row("model", *_with_perplexity(metrics["loss"]), f"{metrics['bitsPerByte']:.4f}")
     table.add_row("unigram baseline", *_with_perplexity(metrics["unigramLoss"]), "")
@@ -92,7 +93,7 @@ def _with_perplexity(loss: float) -> tuple[str, str]:
 
 
 def examples_table(examples: Sequence[Example]) -> Table:
-    """Tokens with the probability that they had and the loss that follows from it."""
+    """Tokens with their probability and the loss that follows from it."""
     table = Table(title="What a loss means: -log of the probability of the token that came", title_justify="left")
     for column in ("context", "token", "probability", "loss"):
         table.add_column(column, justify="right" if column in ("probability", "loss") else "left", no_wrap=True)
@@ -100,7 +101,7 @@ def examples_table(examples: Sequence[Example]) -> Table:
         table.add_row("(for scale)", "", *_with_loss(probability))
     for example in examples:
         context = _plain(example.context)[-_CONTEXT_CHARACTERS:]
-        # As Text: brackets in a string would be taken for markup.
+        # Text, because brackets in a string would be parsed as markup.
         table.add_row(Text(context), Text(_plain(example.token)), *_with_loss(example.probability))
     return table
 
@@ -116,7 +117,7 @@ def _plain(text: str) -> str:
 
 
 def write_report(folder: Path, *, metrics: dict[str, float], examples: Sequence[Example]) -> None:
-    """Print the tables, and leave ``report.json`` and ``report.md``."""
+    """Print the tables, and write ``report.json`` and ``report.md``."""
     rows = [{**asdict(e), "loss": e.loss} for e in examples]
     (folder / "report.json").write_text(json.dumps({"metrics": metrics, "examples": rows}, indent=1) + "\n")
     console = Console(width=120, record=True)

@@ -1,4 +1,4 @@
-"""The order of an evaluation: load, measure, compare, show, and hold what was required against it."""
+"""The evaluate stage: load, measure, compare, report, check the requirements."""
 
 from pathlib import Path
 
@@ -24,14 +24,14 @@ from headrace_trainer.stages.evaluate.unigram import unigram_losses
 
 
 def run_evaluate(ctx: StageContext) -> dict[str, float]:
-    """Measure, report and check. Every rank calls.
+    """Measure, report and check. Every rank calls it.
 
     Returns:
         loss, perplexity, bitsPerByte, and the baseline's unigramLoss, unigramPerplexity and unigramRatio.
 
     Raises:
-        UserError: a requirement is missed, or the ranks do not divide the model.
-        Stopped: asked to stop; nothing is kept of an evaluation.
+        UserError: a requirement is missed, or the model cannot be divided over the ranks.
+        Stopped: on request; an evaluation keeps no partial result.
     """
     config = ctx.config
     assert isinstance(config, Evaluate)
@@ -60,7 +60,7 @@ def run_evaluate(ctx: StageContext) -> dict[str, float]:
 def _measure(
     ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDataset, *, num_windows: int
 ) -> NDArray[np.float32]:
-    """The loss of every token, with all ranks sharing the model."""
+    """Every token's loss, with the model split over all ranks."""
     axes = evaluation_layout(card, num_ranks=ctx.world)
     with join_gang(
         axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=ctx.resolved.stage.compute.ranks
@@ -76,18 +76,18 @@ def _measure(
 
 
 def _stop_together(ctx: StageContext, ranks: Gang) -> None:
-    """Stop where any pod was asked to: a rank that went on alone would wait for the others for ever."""
+    """Stop if any pod was asked to: a rank that went on alone would wait for the others for ever."""
     if ranks.sum([float(ctx.stop_requested())])[0]:
-        raise Stopped("asked to stop; an evaluation begins again from its start")
+        raise Stopped("stopped; the next attempt starts the evaluation over")
 
 
 def summarize(losses_NT: NDArray[np.float32], *, unigram_loss: float, manifest: Manifest) -> dict[str, float]:
-    """The figures of an evaluation.
+    """The metrics of an evaluation.
 
     Args:
-        losses_NT: of each token, in nats.
+        losses_NT: each token's loss, in nats.
         unigram_loss: the baseline's mean over the same tokens.
-        manifest: for the bytes of text that a token stands for.
+        manifest: tells the bytes of text per token.
     """
     loss = float(losses_NT.mean(dtype=np.float64))
     bytes_per_token = manifest.bytes[Split.VALIDATION] / manifest.tokens[Split.VALIDATION]
@@ -103,10 +103,10 @@ def summarize(losses_NT: NDArray[np.float32], *, unigram_loss: float, manifest: 
 
 
 def check_requirements(config: Evaluate, metrics: dict[str, float]) -> None:
-    """Hold the stage's ``require`` against the figures.
+    """Check the metrics against the stage's ``require``.
 
     Raises:
-        UserError: names every bound that is missed.
+        UserError: names every missed bound.
     """
     missed = [
         f"evaluate.require.{metric}: {metrics[metric]:.4g} is not {bound}"
@@ -114,4 +114,4 @@ def check_requirements(config: Evaluate, metrics: dict[str, float]) -> None:
         if not meets(bound, metrics[metric])
     ]
     if missed:
-        raise UserError("; ".join(missed) + ": train longer, on more text or a larger model, or require less")
+        raise UserError("; ".join(missed) + ": train longer, on more text or with a larger model, or require less")

@@ -1,4 +1,4 @@
-"""The baseline: a model that knows how often each token occurs, and nothing of what stands before it."""
+"""The baseline: a model that knows only how often each token occurs, nothing of its context."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 def unigram_losses(counts_V: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Negative log-likelihood of each token, in nats, under its frequency in the training split.
 
-    Every count is raised by one, so that a token that was never seen has some probability (Laplace).
+    Laplace smoothing: every count is incremented by one, so that unseen tokens have some probability.
 
     Args:
-        counts_V: how often each id occurs in the training split.
+        counts_V: occurrences of each id in the training split.
         tokens: ids, of any shape.
     """
     smoothed_V = counts_V.astype(np.float64) + 1.0

@@ -1,6 +1,6 @@
-"""The model card: what the model is and where it comes from, from the artifacts alone.
+"""The model card: what the model is and where it comes from, derived from the artifacts alone.
 
-It names no time and no place, so that the same model has the same card, and its folder the same digest.
+It contains no time or place, so the same model gets the same card, and its folder the same digest.
 """
 
 import json
@@ -34,8 +34,8 @@ def model_card(resolved: ResolvedStage, card: ModelCard, trained: Path, *, ances
     Args:
         resolved: the export stage.
         card: the model.
-        trained: the folder of the checkpoint artifact, with the loss history.
-        ancestors: what the model was made from, the checkpoint last.
+        trained: the checkpoint artifact's folder, with the loss history.
+        ancestors: the artifacts behind the model, the checkpoint last.
     """
     config = resolved.stage.config
     assert isinstance(config, Export)
@@ -56,7 +56,7 @@ def _model_rows(card: ModelCard) -> dict[str, str]:
         "Hidden size": str(arch.hidden_size),
         "Heads (query, key-value)": f"{arch.heads}, {arch.kv_heads}",
         "Feed-forward size": str(arch.ffn_hidden_size),
-        "Embeddings": "input and output shared" if arch.tie_embeddings else "input and output apart",
+        "Embeddings": "input and output shared" if arch.tie_embeddings else "input and output separate",
         "Vocabulary": f"{card.vocab_size:,}",
         "Context": f"{card.sequence_length:,} tokens",
         "Trained in": card.precision.value,
@@ -69,18 +69,18 @@ def _training_rows(history: Path) -> dict[str, str]:
     rows = {
         "Steps": f"{last['step']:,}",
         "Tokens": f"{last['tokens']:,}",
-        "Final training loss": f"{last['loss']:.4f} nats a token",
+        "Final training loss": f"{last['loss']:.4f} nats per token",
     }
     measured = [r["validation_loss"] for r in records if "validation_loss" in r]
-    return rows | ({"Final validation loss": f"{measured[-1]:.4f} nats a token"} if measured else {})
+    return rows | ({"Final validation loss": f"{measured[-1]:.4f} nats per token"} if measured else {})
 
 
 def _lineage(resolved: ResolvedStage, ancestors: Sequence[Artifact]) -> list[str]:
-    """A stage's hash says what was asked for, its digest what came out; inputs are digests of rows above."""
+    """A stage's hash identifies its request, its digest its result; inputs are digests of rows above."""
     rows = [_ancestor(a.stage, a.kind.value, a.hash, a.inputs, digest=a.digest) for a in ancestors]
     inputs = {slot: ref.digest for slot, ref in resolved.inputs.items()}
     rows.append(_ancestor(resolved.stage.name, "this folder", resolved.hash, inputs, digest=None))
-    head = [f"Run `{resolved.run}`, seed {resolved.seed}.", "", "| stage | gives | hash | inputs | digest |"]
+    head = [f"Run `{resolved.run}`, seed {resolved.seed}.", "", "| stage | produces | hash | inputs | digest |"]
     return [*head, "|---|---|---|---|---|", *rows]
 
 

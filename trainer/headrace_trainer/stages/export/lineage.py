@@ -1,4 +1,4 @@
-"""Where an artifact comes from: the finished stages behind it, from the manifests in the run's storage."""
+"""An artifact's lineage: the finished stages behind it, from the manifests in the run's storage."""
 
 from headrace_api.artifact import ARTIFACT_FILE, Artifact, ArtifactRef
 from headrace_trainer.artifacts import read_manifest
@@ -6,14 +6,14 @@ from headrace_trainer.storage import ObjectStore
 
 
 def lineage(store: ObjectStore, ref: ArtifactRef) -> list[Artifact]:
-    """An artifact and all that it was made from, in the order in which they were made.
+    """An artifact and everything it was made from, in order of creation.
 
     Args:
         store: the run's store.
-        ref: the newest of them.
+        ref: the newest artifact.
 
     Returns:
-        What is still there: a stage that has been run again since has another digest, and is left out.
+        What is still in storage: a stage that was rerun has another digest and is omitted.
     """
     known = {artifact.digest: artifact for artifact in _finished(store)}
     found: dict[str, Artifact] = {}

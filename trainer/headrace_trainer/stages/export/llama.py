@@ -1,7 +1,7 @@
-"""Megatron's names and shapes -> those of transformers' Llama.
+"""Map Megatron's names and shapes to those of transformers' Llama.
 
-Both rotate halves of a head, so rotary positions need no permutation. Shapes: H = hidden size, G = key-value heads,
-R = query heads for each of them, D = head width, F = feed-forward width, V = vocabulary, L = layers.
+Both rotate halves of a head, so rotary embeddings need no permutation. Shapes: H = hidden size, G = key-value heads,
+R = query heads per key-value head, D = head width, F = feed-forward width, V = vocabulary, L = layers.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ _ATTENTION = _LAYER + "self_attention."
 
 
 def to_llama(weights: dict[str, torch.Tensor], card: ModelCard) -> dict[str, torch.Tensor]:
-    """Rename and cut whole tensors.
+    """Rename and split whole tensors.
 
     Args:
         weights: by their names in the checkpoint, layers stacked.
-        card: the dimensions, and the vocabulary without its padding.
+        card: the dimensions, and the vocabulary size without padding.
 
     Returns:
-        The state dict of a ``LlamaForCausalLM``; with tied embeddings it has no ``lm_head.weight``.
+        The state dict of a ``LlamaForCausalLM``; without ``lm_head.weight`` if embeddings are tied.
     """
     arch, vocab = card.architecture, card.vocab_size
     named = {
@@ -39,25 +39,24 @@ def to_llama(weights: dict[str, torch.Tensor], card: ModelCard) -> dict[str, tor
     for layer in range(arch.layers):
         for name, tensor in _layer({k: v[layer] for k, v in weights.items() if k.startswith(_LAYER)}, arch):
             named[f"model.layers.{layer}.{name}"] = tensor
-    # Each with memory of its own: a file holds no part of a stack.
+    # Cloned, so that no tensor shares memory with a stack.
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in named.items()}
 
 
 def _layer(weights: dict[str, torch.Tensor], arch: Architecture) -> Iterator[Named]:
-    """One layer's tensors."""
     yield from _attention(weights[_ATTENTION + "linear_qkv.weight"], arch)
     yield "self_attn.o_proj.weight", weights[_ATTENTION + "linear_proj.weight"]
     gate, up = weights[_LAYER + "mlp.linear_fc1.weight"].chunk(2)
     yield "mlp.gate_proj.weight", gate
     yield "mlp.up_proj.weight", up
     yield "mlp.down_proj.weight", weights[_LAYER + "mlp.linear_fc2.weight"]
-    # The checkpoint has Transformer Engine's fused names, also where it was written without it.
+    # The checkpoint uses Transformer Engine's fused names, even if it was written without it.
     yield "input_layernorm.weight", weights[_ATTENTION + "linear_qkv.layer_norm_weight"]
     yield "post_attention_layernorm.weight", weights[_LAYER + "mlp.linear_fc1.layer_norm_weight"]
 
 
 def _attention(qkv: torch.Tensor, arch: Architecture) -> Iterator[Named]:
-    """``[G (R + 2) D, H]``: each key-value head comes after the query heads that it serves."""
+    """``[G (R + 2) D, H]``: each key-value head follows its query heads."""
     groups, queries = arch.kv_heads, arch.heads // arch.kv_heads
     parts_GPDH = qkv.view(groups, queries + 2, arch.head_dim, arch.hidden_size)
     yield "self_attn.q_proj.weight", parts_GPDH[:, :queries].reshape(-1, arch.hidden_size)
@@ -66,7 +65,7 @@ def _attention(qkv: torch.Tensor, arch: Architecture) -> Iterator[Named]:
 
 
 def llama_config(card: ModelCard, *, dtype: str) -> LlamaConfig:
-    """The configuration that transformers and vLLM build the model from."""
+    """The configuration from which transformers and vLLM build the model."""
     arch = card.architecture
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": arch.rope_base}
     return LlamaConfig(

@@ -1,6 +1,6 @@
-"""The gate before an export counts: what was written is loaded again, and is the model that was trained.
+"""The export's final check: reload what was written and compare it with the trained model.
 
-Exports are known to fail silently: weights left out where names changed, zeros where shapes did.
+Exports are known to fail silently: renamed weights are left out, reshaped ones are zero.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def check_export(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         expected: the tensors that were written.
 
     Raises:
-        RuntimeError: a weight is missing, unexpected, different or zero, or the model's output is not finite.
+        RuntimeError: a weight is missing, unexpected, different or zero, or the output is not finite.
     """
     model = _load(folder)
     wrong = "; ".join(_wrong_weights(model, expected))
@@ -39,7 +39,7 @@ def _load(folder: Path) -> torch.nn.Module:
     model, info = found
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if wrong:
-        raise RuntimeError(f"{folder}: transformers does not load what was exported: {wrong}")
+        raise RuntimeError(f"{folder}: transformers cannot load the export: {wrong}")
     assert isinstance(model, torch.nn.Module)
     return model
 
@@ -47,9 +47,9 @@ def _load(folder: Path) -> torch.nn.Module:
 def _wrong_weights(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> Iterator[str]:
     loaded = model.state_dict()
     differing = [name for name, tensor in expected.items() if not torch.equal(loaded[name], tensor)]
-    # No weight of a trained model is zero throughout: then it was never read.
+    # No weight of a trained model is all zeros: such a weight was never read.
     zero = [name for name, tensor in loaded.items() if not bool(tensor.any())]
     if differing:
-        yield f"weights changed on their way: {', '.join(differing)}"
+        yield f"weights differ after reloading: {', '.join(differing)}"
     if zero:
         yield f"weights are zero: {', '.join(zero)}"

@@ -1,4 +1,4 @@
-"""The order of an export: read, rename, write, load again."""
+"""The export stage: read, rename, write, reload."""
 
 import shutil
 from pathlib import Path
@@ -22,15 +22,14 @@ _DTYPES = {ExportDtype.FP32: torch.float32, ExportDtype.BF16: torch.bfloat16}
 _NAMES = {ExportDtype.FP32: "float32", ExportDtype.BF16: "bfloat16"}
 _LARGEST_FILE = "5GB"
 _SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-"""What a client gets who asks for nothing else. Greedy continuations of base models soon repeat themselves
-(arXiv 1904.09751)."""
+"""Defaults for clients that set none. Greedy continuations of base models soon repeat themselves (arXiv 1904.09751)."""
 
 
 def run_export(ctx: StageContext) -> dict[str, float]:
     """Write safetensors, configuration, tokenizer, generation settings and a model card.
 
     Returns:
-        The number of parameters and the bytes of the weights.
+        The number of parameters, and the size of the weights in bytes.
 
     Raises:
         RuntimeError: what was written does not load as the model that was read.
@@ -49,14 +48,14 @@ def run_export(ctx: StageContext) -> dict[str, float]:
     shutil.copytree(trained / TOKENIZER_FOLDER, ctx.output, dirs_exist_ok=True)
     ancestors = lineage(ctx.store, ctx.resolved.inputs["model"])
     (ctx.output / "README.md").write_text(model_card(ctx.resolved, card, trained, ancestors=ancestors))
-    ctx.report(phase="Running", message="loading what was written")
+    ctx.report(phase="Running", message="verifying the export")
     check_export(ctx.output, tensors)
     bytes_written = sum(t.numel() * t.element_size() for t in tensors.values())
     return {"parameters": float(sum(t.numel() for t in tensors.values())), "bytesOut": float(bytes_written)}
 
 
 def write_model(folder: Path, tensors: dict[str, torch.Tensor], card: ModelCard, *, dtype: ExportDtype) -> None:
-    """Weights, in several files with an index where they are large, and the two configurations."""
+    """Write the weights (in several files with an index if they are large) and both configurations."""
     save_torch_state_dict(tensors, folder, max_shard_size=_LARGEST_FILE)
     llama_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
     stops = [*card.stop_ids] or card.eod_id

@@ -1,4 +1,4 @@
-"""The weights of a ``torch_dist`` checkpoint as whole tensors, in one process, whatever layout wrote them."""
+"""Read the weights of a ``torch_dist`` checkpoint as whole tensors, in one process, from any layout."""
 
 import warnings
 from pathlib import Path
@@ -13,10 +13,10 @@ _MODEL = "model."
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every weight, by its name in the checkpoint; layers are stacked on the first dimension.
+    """Every weight by its name in the checkpoint; layers are stacked on the first dimension.
 
     Args:
-        folder: what ``checkpoint.state.save_weights`` or ``save_state`` wrote.
+        folder: written by ``checkpoint.state.save_weights`` or ``save_state``.
     """
     stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     weights: dict[str, torch.Tensor] = {
@@ -25,7 +25,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         if isinstance(meta, TensorStorageMetadata) and not name.startswith(_OPTIMIZER)
     }
     with warnings.catch_warnings():
-        # What is said is what is wanted: one process, no group.
+        # One process without a group is intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         state_dict_loader.load(weights, storage_reader=FileSystemReader(str(folder)), no_dist=True)
     return {name.removeprefix(_MODEL): tensor for name, tensor in weights.items()}

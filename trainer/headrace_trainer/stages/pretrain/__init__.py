@@ -1,4 +1,4 @@
-"""The pretrain stage: ``stage`` builds the parts, and the engine's ``loop`` goes through the steps."""
+"""The pretrain stage: ``stage`` builds the components, and the engine's ``loop`` runs the steps."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 def run(ctx: "StageContext") -> dict[str, float]:
     """Train a model on the shards of the stage."""
-    # Imported here: Megatron takes ten seconds.
+    # Imported late: Megatron takes ten seconds.
     from headrace_trainer.stages.pretrain.stage import run_pretrain
 
     return run_pretrain(ctx)

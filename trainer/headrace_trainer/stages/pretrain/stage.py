@@ -1,7 +1,7 @@
-"""The parts of a pretrain stage.
+"""Build the components of a pretrain stage, run the loop, and write the trained model.
 
-In: a ``StageContext`` with token shards. Out: in ``ctx.output``, the model, its history and the tokenizer; the final
-figures as metrics.
+In: a ``StageContext`` with token shards. Out, in ``ctx.output``: ``checkpoint/`` (weights, each rank's in its own
+files), ``model.json``, ``history.jsonl`` and ``tokenizer/``; the final figures as metrics.
 """
 
 import shutil
@@ -24,15 +24,15 @@ from headrace_trainer.stage import StageContext
 
 
 def run_pretrain(ctx: StageContext) -> dict[str, float]:
-    """Train a model on the shards of the stage. Every rank of the gang calls.
+    """Train a model on the stage's shards. Every rank of the gang calls it.
 
     Returns:
         The final training loss, validation loss and throughput.
 
     Raises:
         UserError: bad configuration or data.
-        StorageError: storage failed, or no committed checkpoint is whole.
-        Stopped: asked to stop; a checkpoint is committed.
+        StorageError: storage failed, or no committed checkpoint is intact.
+        Stopped: on request, after a checkpoint was committed.
     """
     config = ctx.config
     assert isinstance(config, Pretrain)
@@ -48,7 +48,7 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
             ctx,
             ranks,
             card,
-            # The files were verified when the input was fetched.
+            # Already verified when the input was fetched.
             training=TokenDataset(shards, "train", config.sequence_length, ctx.resolved.seed, verify=False),
             validation=TokenDataset(shards, "validation", config.sequence_length, ctx.resolved.seed, verify=False),
         )
@@ -61,14 +61,14 @@ def run_pretrain(ctx: StageContext) -> dict[str, float]:
 
 
 def build_loop(ctx: StageContext, gang: Gang, card: ModelCard, *, training: Samples, validation: Samples) -> Loop:
-    """The loop before its first step.
+    """Build everything that the loop needs.
 
     Args:
         ctx: the stage.
         gang: this rank's place; process groups must exist.
         card: the model.
-        training: samples to train on.
-        validation: samples that are held out.
+        training: training samples.
+        validation: held-out samples.
     """
     config = ctx.config
     assert isinstance(config, Pretrain)

@@ -1,6 +1,6 @@
-"""The shards stage: documents and a tokenizer -> token ids in Megatron's .bin/.idx form.
+"""The shards stage: documents and a tokenizer -> token ids in Megatron's .bin/.idx format.
 
-``writer`` cuts shards, ``stage`` puts things in order. ``formats.shards`` is what the training loop reads them with.
+``writer`` writes the shards; ``stage`` runs things in order. The training loop reads them with ``formats.shards``.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def run(ctx: "StageContext") -> dict[str, float]:
     """Tokenize the corpus of ``ctx.config`` into shards in ``ctx.output``."""
-    # Imported here: ranks that read shards need neither tokenizers nor datatrove.
+    # Imported late: ranks that read shards need neither tokenizers nor datatrove.
     from headrace_trainer.stages.shards.stage import run_shards
 
     return run_shards(ctx)

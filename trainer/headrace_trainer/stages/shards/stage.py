@@ -1,7 +1,7 @@
-"""The shards stage from end to end: split, tokenize, write, count, describe.
+"""The shards stage: split, tokenize, write, count, describe.
 
-In: a ``StageContext`` with a ``Shards`` block, a corpus and a tokenizer. Out: shards of both splits, ``manifest.json``,
-``unigram.npy`` and a copy of the tokenizer in ``ctx.output``.
+In: a ``StageContext`` with a ``Shards`` block, a corpus and a tokenizer. Out, in ``ctx.output``: shards of both splits,
+``manifest.json``, ``unigram.npy`` and a copy of the tokenizer.
 """
 
 import shutil
@@ -35,13 +35,13 @@ from headrace_trainer.formats.tokenizer import (
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.shards.writer import ShardWriter
 
-# Enough for the tokenizer's threads to share, little enough to hold in memory with its ids.
+# Large enough to keep the tokenizer's threads busy, small enough to hold in memory along with its ids.
 _BATCH_CHARACTERS = 4 << 20
 
 
 @dataclass(kw_only=True)
 class _Tally:
-    """What was written so far."""
+    """Counts of what was written so far."""
 
     unigram: NDArray[np.int64]
     documents: Counter[Split] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ def run_shards(ctx: StageContext) -> dict[str, float]:
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "int32"]:
-    """The smallest of Megatron's types that holds every id."""
+    """The smallest Megatron dtype that holds every id."""
     return "uint16" if vocab_size <= 2**16 else "int32"
 
 
@@ -96,16 +96,14 @@ def _write(
         if done % 1000 == 0:
             ctx.report(phase="Running", done=done, total=total, unit="documents")
             if ctx.stop_requested():
-                raise Stopped(
-                    "asked to stop before the shards were complete; they will be written again from the start"
-                )
+                raise Stopped("stopped before the shards were complete; the next attempt starts over")
     for writer in writers.values():
         writer.close()
 
 
 def _tokenize(texts: Iterable[str], loaded: LoadedTokenizer) -> Iterator[tuple[str, list[int]]]:
-    """Each text with its ids and the end-of-document id behind them."""
-    # Texts that quote special tokens must not end documents in their middle.
+    """Each text with its ids, ending in the end-of-document id."""
+    # Text that quotes a special token must not end a document early.
     loaded.tokenizer.encode_special_tokens = True
     for batch in _batches(texts):
         encoded = loaded.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
@@ -130,8 +128,8 @@ def _check_both_splits(config: Shards, tally: _Tally) -> None:
     for split, remedy in ((Split.TRAIN, "lower"), (Split.VALIDATION, "raise")):
         if not tally.documents[split]:
             raise UserError(
-                f"shards.validationRatio: {config.validation_ratio}: of {tally.documents.total()} documents none is for "
-                f"{'training' if split is Split.TRAIN else split}; {remedy} it, or give the corpus stage more documents"
+                f"shards.validationRatio: {config.validation_ratio}: none of {tally.documents.total()} documents "
+                f"is for {'training' if split is Split.TRAIN else split}; {remedy} it, or give the corpus stage more text"
             )
 
 
@@ -142,7 +140,7 @@ def _describe(
     writers: dict[Split, ShardWriter],
     tally: _Tally,
 ) -> None:
-    """Leave the tokenizer, the unigram counts and the manifest beside the shards."""
+    """Write the tokenizer, the unigram counts and the manifest beside the shards."""
     _copy_tokenizer(ctx.input("tokenizer"), ctx.output / TOKENIZER_FOLDER)
     np.save(ctx.output / UNIGRAM_FILE, tally.unigram)
     manifest = Manifest(

@@ -1,6 +1,6 @@
-"""Cutting token ids into Megatron .bin/.idx pairs of a bounded size.
+"""Split token ids into Megatron .bin/.idx pairs of bounded size.
 
-In: the ids of one document after another. Out: ``<split>-00000.bin`` and ``.idx``, and a ``Shard`` for each pair.
+In: one document's ids after another. Out: ``<split>-00000.bin`` and ``.idx``, and a ``Shard`` for each pair.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class ShardWriter:
     """Writes the shards of one split.
 
     Attributes:
-        shards: the pairs that are finished.
+        shards: the finished pairs.
     """
 
     def __init__(self, folder: Path, split: Split, *, dtype: str, shard_bytes: int) -> None:
@@ -30,7 +30,7 @@ class ShardWriter:
         self.shards: list[Shard] = []
 
     def write(self, ids: Sequence[int]) -> None:
-        """Add a document; a new shard is begun where it would make the present one larger than ``shard_bytes``."""
+        """Add a document. Starts a new shard if the current one would exceed ``shard_bytes``."""
         if self._file is None or (self._tokens + len(ids)) * self._token_bytes > self._shard_bytes:
             self.close()
             self._file = MegatronTokenizedFile(str(self._folder), self._prefix, token_size=self._token_bytes)
@@ -38,7 +38,7 @@ class ShardWriter:
         self._tokens, self._documents = self._tokens + len(ids), self._documents + 1
 
     def close(self) -> None:
-        """Finish the shard that is open."""
+        """Finish the open shard."""
         if self._file is None:
             return
         self._file.close()

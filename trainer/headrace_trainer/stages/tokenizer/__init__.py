@@ -1,7 +1,7 @@
-"""The tokenizer stage: cleaned documents, or an existing tokenizer's files -> a tokenizer in Hugging Face form.
+"""The tokenizer stage: cleaned documents, or an existing tokenizer's files -> a tokenizer in Hugging Face format.
 
-``train`` learns byte-level BPE, ``importing`` reads other forms, ``stage`` chooses.
-``formats.tokenizer`` writes and reads the artifact.
+``train`` learns byte-level BPE, ``importing`` reads other formats, ``stage`` chooses; ``formats.tokenizer`` reads and
+writes the artifact.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run(ctx: "StageContext") -> dict[str, float]:
     """Train or import the tokenizer of ``ctx.config`` into ``ctx.output``."""
-    # Imported here: whoever only loads a tokenizer does not need the stage.
+    # Imported late: loading a tokenizer does not need the stage.
     from headrace_trainer.stages.tokenizer.stage import run_tokenizer
 
     return run_tokenizer(ctx)

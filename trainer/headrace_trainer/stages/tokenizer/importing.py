@@ -1,6 +1,6 @@
-"""Reading a tokenizer that exists: a tokenizer.json, or GPT-2's vocabulary and merges under either of their names.
+"""Import an existing tokenizer: a tokenizer.json, or GPT-2's vocabulary and merges under either of their names.
 
-In: a folder on this machine. Out: a ``Tokenizer``, its end-of-document token, and the settings that came with it.
+In: a local folder. Out: a ``Tokenizer``, its end-of-document token, and its settings.
 """
 
 from dataclasses import dataclass, field
@@ -23,12 +23,12 @@ from headrace_trainer.stages.tokenizer.train import byte_level_bpe
 VOCABULARIES = ("vocab.json", "encoder.json")
 MERGES = ("merges.txt", "vocab.bpe")
 WANTED = (TOKENIZER_FILE, CONFIG_FILE, *VOCABULARIES, *MERGES)
-"""The files that are looked for; others in the folder are left alone."""
+"""The files to look for; any others are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedTokenizer:
-    """What was read."""
+    """An imported tokenizer."""
 
     tokenizer: Tokenizer
     eod: str
@@ -36,14 +36,14 @@ class ImportedTokenizer:
 
 
 def import_tokenizer(folder: Path, *, uri: str) -> ImportedTokenizer:
-    """Read whichever form is there. A tokenizer without an end-of-document token is given one.
+    """Read whichever format is there. Adds an end-of-document token if the tokenizer has none.
 
     Args:
-        folder: holds the files, or those of ``WANTED`` that there are.
-        uri: what people call the folder.
+        folder: holds those of the ``WANTED`` files that exist.
+        uri: the folder's name in error messages.
 
     Raises:
-        UserError: neither form is whole, or a file cannot be read.
+        UserError: neither format is complete, or a file cannot be read.
     """
     config = read_json(folder / CONFIG_FILE)
     tokenizer = _read(folder, uri=uri)

@@ -1,4 +1,4 @@
-"""The tokenizer stage from end to end: train or import, save, measure.
+"""The tokenizer stage: train or import, save, measure.
 
 In: a ``StageContext`` with a ``Tokenizer`` block. Out: the tokenizer's files in ``ctx.output``.
 """
@@ -40,7 +40,7 @@ def run_tokenizer(ctx: StageContext) -> dict[str, float]:
 
 def _train(ctx: StageContext, config: TokenizerSpec, corpus: Path) -> None:
     ctx.report(phase="Running", total=config.vocab_size, unit="tokens", message="learning merges")
-    # Bytes are at least characters, so a part of this size never holds less than sampleBytes allows.
+    # A text has at least as many bytes as characters, so this sample is never smaller than sampleBytes allows.
     characters = read_report(corpus)["total"]["kept"]["characters"]
     part = min(1.0, config.sample_bytes / characters)
     texts = sample_texts(read_documents(corpus), part=part, max_bytes=config.sample_bytes)

@@ -1,6 +1,6 @@
-"""Learning a byte-level BPE vocabulary, as GPT-2 does: split at its regular expression, merge the most frequent pair.
+"""Train a byte-level BPE tokenizer like GPT-2's: split with its regular expression, merge the most frequent pairs.
 
-In: texts. Out: a ``Tokenizer``, the same for the same texts. Every string round-trips: the 256 bytes are in it.
+In: texts. Out: a ``Tokenizer``, equal for equal texts. Every string round-trips, since all 256 bytes are tokens.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from headrace_trainer.errors import UserError
 from headrace_trainer.formats.documents import Document
 from headrace_trainer.formats.tokenizer import END_OF_TEXT
 
-# A pair that occurs once teaches the tokenizer one document by heart.
+# A pair that occurs once would make the tokenizer memorise one document.
 _LEAST_FREQUENCY = 2
 
 
 def byte_level_bpe(model: models.BPE) -> Tokenizer:
-    """A tokenizer that applies ``model`` to GPT-2's pieces of text."""
+    """A tokenizer that applies ``model`` after GPT-2's pre-tokenization."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -28,7 +28,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Learn ``vocab_size`` tokens; id 0 is the end of text.
 
     Raises:
-        UserError: the texts have fewer repeated pairs than that many tokens need.
+        UserError: the texts have too few repeated pairs for that many tokens.
     """
     tokenizer = byte_level_bpe(models.BPE())
     trainer = trainers.BpeTrainer(
@@ -49,12 +49,12 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def sample_texts(documents: Iterable[Document], *, part: float, max_bytes: int) -> Iterator[str]:
-    """Texts from the whole length of a corpus, chosen by the hash of their ids.
+    """A sample of texts from the whole corpus, chosen by the hash of their ids.
 
     Args:
-        documents: in any order; their order is kept.
-        part: how much of the corpus is wanted, in (0, 1].
-        max_bytes: where to stop, in bytes of UTF-8; the text that crosses it is still given.
+        documents: in any order, which is kept.
+        part: the fraction of the corpus to sample, in (0, 1].
+        max_bytes: where to stop, in UTF-8 bytes; the text that crosses it is still included.
     """
     given = 0
     for document in documents:
@@ -66,5 +66,5 @@ def sample_texts(documents: Iterable[Document], *, part: float, max_bytes: int) 
 
 
 def _uniform(key: str) -> float:
-    """A number in [0, 1) that depends on ``key`` alone."""
+    """A number in [0, 1) derived from ``key`` alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big") / 2**48

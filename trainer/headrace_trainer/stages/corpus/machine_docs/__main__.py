@@ -1,6 +1,6 @@
 """``python -m headrace_trainer.stages.corpus.machine_docs --out DIR [--max-mb 40]``.
 
-The folder appears whole or not at all; one that this command wrote before is replaced. Exit code 2 where the folder
+The folder appears whole or not at all, and replaces one that this command wrote before. Exit code 2 if the folder
 cannot be used.
 """
 
@@ -26,9 +26,9 @@ from headrace_trainer.stages.corpus.machine_docs.write import (
 )
 
 SUMMARY_FILE = "_summary.json"
-"""Marks a folder that this command wrote; readers of corpora pass over names that begin with ``_``."""
+"""Marks a folder that this command wrote. Corpus readers skip names that start with ``_``."""
 
-# Folder -> its part of the whole, and what fills it with at most so many bytes.
+# Folder -> its share of the total, and what fills it up to a number of bytes.
 _FORMATS: dict[str, tuple[float, Callable[[Path, int], Written]]] = {
     "jsonl": (0.55, lambda folder, n: write_jsonl(folder, up_to(find_docstrings(max_bytes=n), max_bytes=n))),
     "text": (0.20, lambda folder, n: write_text(folder, up_to(find_manuals(), max_bytes=n))),
@@ -41,11 +41,11 @@ def gather(out: Path, *, max_mb: float) -> list[Written]:
     """Write every format below ``out``.
 
     Args:
-        out: a folder that is not there yet, is empty, or was written by this function.
-        max_mb: bound of all texts and pages together, in MB before compression.
+        out: a folder that does not exist yet, is empty, or was written by this function.
+        max_mb: the limit for all texts and pages together, in MB before compression.
 
     Raises:
-        UserError: ``out`` holds something else.
+        UserError: ``out`` holds anything else.
     """
     _check_replaceable(out)
     staged = out.with_name(f".{out.name}.partial")
@@ -61,7 +61,7 @@ def _check_replaceable(out: Path) -> None:
     if not out.exists() or (out / SUMMARY_FILE).is_file():
         return
     if not out.is_dir() or any(out.iterdir()):
-        raise UserError(f"--out: {str(out)!r}: is there and was not written by this command; name another folder")
+        raise UserError(f"--out: {str(out)!r}: exists and was not written by this command; name another folder")
 
 
 def _fill(folder: Path, max_bytes: float, fill: Callable[[Path, int], Written]) -> Written:
@@ -70,7 +70,7 @@ def _fill(folder: Path, max_bytes: float, fill: Callable[[Path, int], Written]) 
 
 
 def render_table(written: list[Written]) -> str:
-    """The summary as text."""
+    """The summary as a text table."""
     rows = [f"{w.format:<8}{w.files:>8,}{w.documents:>12,}{w.bytes / 1e6:>9.1f}" for w in written]
     documents, size = sum(w.documents for w in written), sum(w.bytes for w in written)
     total = f"{'all':<8}{sum(w.files for w in written):>8,}{documents:>12,}{size / 1e6:>9.1f}"
@@ -78,10 +78,10 @@ def render_table(written: list[Written]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command. Returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m headrace_trainer.stages.corpus.machine_docs", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--max-mb", type=float, default=40.0, help="most text, in MB before compression (40)")
+    parser.add_argument("--max-mb", type=float, default=40.0, help="limit on the text, in MB before compression (40)")
     args = parser.parse_args(argv)
     try:
         written = gather(args.out.absolute(), max_mb=args.max_mb)

@@ -1,6 +1,6 @@
 """Docstrings of the standard library and of installed packages, read with ``ast``: nothing is imported.
 
-In: Python's own folders. Out: one ``Found`` a docstring, package by package, none of which gives more than its part.
+In: Python's own folders. Out: one ``Found`` per docstring, package by package, none above its share.
 """
 
 import ast
@@ -19,7 +19,7 @@ from headrace_trainer.stages.corpus.parallel import available_cpus, map_in_order
 _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests"})
 _LARGEST_FILE_BYTES = 2_000_000
 _LARGEST_PART = 12
-"""One package gives at most a twelfth: generated API clients would crowd out everything else."""
+"""One package gives at most a twelfth of the total: otherwise generated API clients would crowd out the rest."""
 
 _Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -33,14 +33,14 @@ class Package:
 
 
 def find_docstrings(*, max_bytes: int) -> Iterator[Found[str]]:
-    """Docstrings in a fixed order, about ``max_bytes`` of them."""
+    """Docstrings in a fixed order, about ``max_bytes`` in total."""
     read = partial(_docstrings_of, max_bytes=max_bytes // _LARGEST_PART)
     for found in map_in_order(read, installed_packages(), workers=available_cpus()):
         yield from found
 
 
 def installed_packages() -> list[Package]:
-    """Top-level packages and modules of the standard library and of site-packages, in an order without meaning."""
+    """Top-level packages and modules of the standard library and site-packages, in a fixed arbitrary order."""
     roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
     found = [Package(root=root, path=path) for root in roots for path in root.iterdir() if _is_package(path)]
     return sorted(found, key=lambda p: _scrambled(p.path, root=p.root))
@@ -56,7 +56,7 @@ def _docstrings_of(package: Package, *, max_bytes: int) -> list[Found[str]]:
 
 
 def _files_of(package: Package) -> list[Path]:
-    """The package's files in an order that mixes its parts, so that a bounded number is a sample of all."""
+    """The package's files, shuffled in a fixed way, so that the first few are a sample of the whole."""
     if package.path.is_file():
         return [package.path]
     files = (p for p in package.path.rglob("*.py") if not _SKIPPED_FOLDERS & {*p.relative_to(package.root).parts})
@@ -64,7 +64,7 @@ def _files_of(package: Package) -> list[Path]:
 
 
 def _scrambled(path: Path, *, root: Path) -> bytes:
-    """A sort key that has nothing to do with names: what is read first must not be what begins with an A."""
+    """A sort key unrelated to names, so that the sample is not just names that start with A."""
     return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
 
 
@@ -76,7 +76,7 @@ def _read_file(path: Path, *, root: Path) -> Iterator[Found[str]]:
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes
+            warnings.simplefilter("ignore")  # invalid escapes in other people's code
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
@@ -85,7 +85,7 @@ def _read_file(path: Path, *, root: Path) -> Iterator[Found[str]]:
 
 
 def docstrings_in(node: _Definition, *, name: str) -> Iterator[Found[str]]:
-    """The docstring of a definition and of the classes and functions directly in it.
+    """The docstrings of a definition and of the classes and functions in it.
 
     Args:
         node: a module, class or function.
@@ -101,5 +101,5 @@ def docstrings_in(node: _Definition, *, name: str) -> Iterator[Found[str]]:
 
 
 def _writable(text: str) -> str:
-    """Without indentation, and without the lone surrogates that escapes in tests of Unicode leave."""
+    """Strip indentation, and lone surrogates, which appear in tests of Unicode."""
     return inspect.cleandoc(text).encode("utf-8", "ignore").decode().strip()

@@ -1,4 +1,4 @@
-"""What the finders give, and how much of it is taken."""
+"""What the finders return, and a limit on how much of it is used."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ Content = TypeVar("Content", str, bytes)
 
 @dataclass(frozen=True, kw_only=True)
 class Found(Generic[Content]):
-    """A text or a page, and what it is called."""
+    """A text or page, with its name."""
 
     name: str
-    """Unique among its kind: a qualified name, or a path below a well-known folder."""
+    """Unique within its kind: a qualified name, or a path below a well-known folder."""
     content: Content
 
 
 def up_to(found: Iterable[Found[Content]], *, max_bytes: int) -> Iterator[Found[Content]]:
-    """The first items that fit into ``max_bytes``, until it is nearly full; one that does not fit is passed over."""
+    """The items that fit into ``max_bytes``, until it is nearly full. One that does not fit is skipped."""
     taken = 0
     for item in found:
         if taken >= _FULL * max_bytes:
@@ -31,7 +31,7 @@ def up_to(found: Iterable[Found[Content]], *, max_bytes: int) -> Iterator[Found[
 
 
 def clean_text(data: bytes) -> str | None:
-    """UTF-8 text with plain line ends; None for anything else, and for text of white space alone."""
+    """UTF-8 text with plain line ends; None for anything else, or if only white space remains."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

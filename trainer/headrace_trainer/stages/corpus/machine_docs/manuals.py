@@ -1,6 +1,6 @@
-"""Python's help topics, which every installation has, and the machine's English manual pages where groff is there.
+"""Python's help topics, which every installation has, and the machine's English manual pages if groff is installed.
 
-In: ``pydoc_data``, /usr/share/man. Out: one ``Found`` a topic or page, as text without layout.
+In: ``pydoc_data``, /usr/share/man. Out: one ``Found`` per topic or page, as text without layout.
 """
 
 import gzip
@@ -30,7 +30,7 @@ def find_manuals() -> Iterator[Found[str]]:
 
 def _manual_pages() -> Iterator[Found[str]]:
     for path in sorted(_MANUALS.glob("man[1-8]/*.gz")):
-        # A small page is an alias of another one.
+        # Small pages are aliases of others.
         if not path.is_symlink() and path.stat().st_size >= _SMALLEST_PAGE_BYTES:
             text = render(gzip.decompress(path.read_bytes()))
             if text is not None:
@@ -38,7 +38,7 @@ def _manual_pages() -> Iterator[Found[str]]:
 
 
 def render(source: bytes) -> str | None:
-    """A manual page as plain text; None where groff gives up on it."""
+    """Render a manual page as plain text; None if groff fails."""
     try:
         done = subprocess.run(_RENDER, input=source, capture_output=True, timeout=_TIMEOUT_SECONDS, check=True)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
@@ -48,6 +48,6 @@ def render(source: bytes) -> str | None:
 
 
 def without_layout(text: str) -> str:
-    """Lines without indentation and without the spaces that justify them; paragraphs stay apart."""
+    """Remove indentation and justification; keep paragraphs apart."""
     lines = [_SPACES.sub(" ", line.strip()) for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()

@@ -1,6 +1,6 @@
-"""HTML documentation: what the machine's packages brought, then pages that ``pydoc`` renders of the standard library.
+"""HTML documentation: pages shipped with the machine's packages, then ``pydoc`` pages of the standard library.
 
-In: /usr/share/doc, site-packages, the standard library. Out: one ``Found`` a page.
+In: /usr/share/doc, site-packages, the standard library. Out: one ``Found`` per page.
 """
 
 import gzip
@@ -13,12 +13,12 @@ from headrace_trainer.stages.corpus.machine_docs.found import Found
 from headrace_trainer.stages.corpus.machine_docs.render import render_all
 
 _SMALLEST_PAGE_BYTES = 2_000
-# Importing these opens windows, a browser or a test suite, or prints.
+# Importing these opens a window or a browser, runs a test suite, or prints.
 _NOT_IMPORTED = frozenset({"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3"})
 
 
 def find_pages() -> Iterator[Found[bytes]]:
-    """Pages of the machine, by path, then rendered ones, by name."""
+    """The machine's pages by path, then rendered ones by name."""
     for root in (Path("/usr/share/doc"), Path(sysconfig.get_path("purelib"))):
         yield from _pages_below(root)
     yield from rendered_pages()
@@ -33,14 +33,14 @@ def _pages_below(root: Path) -> Iterator[Found[bytes]]:
 
 
 def _read(path: Path) -> bytes:
-    """The page; empty where a link leads nowhere."""
+    """The page; empty for a dangling link."""
     if not path.is_file():
         return b""
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def rendered_pages() -> Iterator[Found[bytes]]:
-    """``pydoc``'s page of every module of the standard library that can be imported quietly."""
+    """``pydoc`` pages of every standard-library module that can be imported quietly."""
     names = sorted(name for name in sys.stdlib_module_names - _NOT_IMPORTED if not name.startswith("_"))
     for name, page in render_all(names):
         yield Found(name=f"pydoc/{name}.html", content=page.encode("utf-8", "ignore"))

@@ -1,6 +1,6 @@
-"""READMEs, change notes and licences of installed packages, and the long descriptions in their metadata.
+"""READMEs, changelogs and licences of installed packages, and the long descriptions in their metadata.
 
-In: site-packages. Out: one ``Found`` a text, by path.
+In: site-packages. Out: one ``Found`` per text, by path.
 """
 
 import email
@@ -16,7 +16,7 @@ _NAMES = ("license", "licence", "copying", "notice", "readme", "changelog", "aut
 
 
 def find_readmes() -> Iterator[Found[str]]:
-    """Texts in the order of their paths."""
+    """Texts ordered by path."""
     root = Path(sysconfig.get_path("purelib"))
     for path in sorted(root.rglob("*")):
         if _is_wanted(path) and (text := _read(path)) is not None:
@@ -37,6 +37,6 @@ def _read(path: Path) -> str | None:
 
 
 def long_description(metadata: bytes) -> str:
-    """The body of a METADATA file: what a package index shows."""
+    """The body of a METADATA file, which package indexes show."""
     payload = email.message_from_bytes(metadata, policy=email.policy.compat32).get_payload(decode=True)
     return payload.decode("utf-8", "ignore") if isinstance(payload, bytes) else ""

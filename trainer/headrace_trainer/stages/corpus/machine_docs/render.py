@@ -1,8 +1,8 @@
-"""``pydoc``'s pages of modules, as a program of its own: modules show what they see of the process that imports them.
+"""Render ``pydoc`` pages in a separate process: module documentation reveals the process that imports the module.
 
-A default argument may be the whole environment, secrets included. So the pages are made by a process that knows nothing: no
-environment, no site-packages, and one order of sets. In: names of modules, as arguments. Out: a JSON line for each that can
-be imported, ``{"name": ..., "page": ...}``. Needs the standard library alone.
+A default argument may hold the whole environment, secrets included. So the rendering process has no environment, no
+site-packages, and a fixed hash seed. In: module names, as arguments. Out: a JSON line ``{"name": ..., "page": ...}``
+for each one that can be imported. Needs only the standard library.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
 class _Prose(pydoc.HTMLDoc):
-    """Pages without the values of data: they are no prose, and some are paths of the machine."""
+    """Pages without the values of data, which are not prose and may be paths on this machine."""
 
     def docother(self, object: object, name: str | None = None, mod: str | None = None, *ignored: object) -> str:
         return f"<strong>{name}</strong>" if name else ""
 
 
 def render_all(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names and pages of the modules that the platform has."""
-    # Not the virtual environment's name for the interpreter, which would lead to its packages.
+    """Names and pages of the modules available on this platform."""
+    # Resolved, because the virtual environment's own path would bring in its packages.
     command = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", __file__, *names]
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
@@ -40,7 +40,7 @@ def render_all(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def render(name: str) -> str | None:
-    """One module's documentation as a page; None where the platform does not have the module."""
+    """One module's documentation page; None if the platform lacks the module."""
     writer = _Prose()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -48,7 +48,7 @@ def render(name: str) -> str | None:
             page = writer.page(f"module {name}", writer.document(importlib.import_module(name)))
     except (ImportError, OSError):
         return None
-    # Addresses of objects differ from run to run; and pydoc keeps prose on its lines with spaces that do not break.
+    # Object addresses differ between runs, and pydoc joins words with non-breaking spaces.
     return _ADDRESS.sub("0x0", page).replace("&nbsp;", " ")
 
 

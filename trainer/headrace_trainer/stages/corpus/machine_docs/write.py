@@ -1,6 +1,6 @@
-"""Putting what was found into files of four formats. The same findings give the same bytes.
+"""Write what was found to files in four formats. Equal input gives equal bytes.
 
-In: ``Found`` values. Out: files in one folder a format, and a ``Written`` for each.
+In: ``Found`` values. Out: files in one folder per format, and a ``Written`` for each.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from warcio.warcwriter import WARCWriter
 
 from headrace_trainer.stages.corpus.machine_docs.found import Found
 
-# Several files of each format, so that several processes can read them.
+# Several files per format, so that several processes can read them.
 _DOCSTRINGS_A_FILE = 10_000
 _PAGES_A_FILE = 100
 _SITE = "http://localhost/doc/"
@@ -27,16 +27,15 @@ _SITE = "http://localhost/doc/"
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a format's folder holds."""
+    """The contents of a format's folder."""
 
     format: str
     files: int
     documents: int
     bytes: int
-    """Of the texts or pages, before compression."""
+    """Size of the texts or pages before compression."""
 
     def as_json(self) -> dict[str, str | int]:
-        """As in the summary."""
         return asdict(self)
 
 
@@ -59,7 +58,7 @@ def write_parquet(folder: Path, found: Iterable[Found[str]]) -> Written:
 
 
 def write_text(folder: Path, found: Iterable[Found[str]]) -> Written:
-    """One text file each."""
+    """One text file per text."""
     rows = list(found)
     for item in rows:
         path = folder / item.name
@@ -69,7 +68,7 @@ def write_text(folder: Path, found: Iterable[Found[str]]) -> Written:
 
 
 def write_warc(folder: Path, found: Iterable[Found[bytes]]) -> Written:
-    """WARC files of responses, as a crawler of this machine would have stored them."""
+    """WARC files of responses, as if a crawler had fetched this machine's pages."""
     iterator, files, documents, size = iter(found), 0, 0, 0
     while batch := list(islice(iterator, _PAGES_A_FILE)):
         with (folder / f"pages-{files:02d}.warc.gz").open("wb") as file:
@@ -82,7 +81,7 @@ def write_warc(folder: Path, found: Iterable[Found[bytes]]) -> Written:
 
 def _write_response(writer: WARCWriter, page: Found[bytes]) -> None:
     url = _SITE + page.name
-    # By default the date is now and the id is random: the same pages would give other bytes.
+    # The defaults, current date and random id, would make the bytes differ every time.
     fixed = {"WARC-Date": "2000-01-01T00:00:00Z", "WARC-Record-ID": f"<urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, url)}>"}
     headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
     record = writer.create_warc_record(

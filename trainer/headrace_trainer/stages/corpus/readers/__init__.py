@@ -1,6 +1,6 @@
-"""One file a format: bytes -> ``Record`` values. Strict: what cannot be read is an error that names the place.
+"""One module per format: bytes -> ``Record`` values. Strict: unreadable input is an error that names the place.
 
-In: a path on this machine and the ``SourceFile`` it belongs to. Out: texts as they were found. Next: ``clean``.
+In: a local path and its ``SourceFile``. Out: the texts as found. Next: ``clean``.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +26,9 @@ READERS: dict[Format, Callable[[Path, SourceFile], Iterator[Record]]] = {
 
 
 def read_records(path: Path, file: SourceFile) -> Iterator[Record]:
-    """The records of one file, in the file's order.
+    """The records of one file, in order.
 
     Raises:
-        UserError: the file is cut short, corrupt, not UTF-8, or not of its format.
+        UserError: the file is truncated, corrupt, not UTF-8, or not of its format.
     """
     return READERS[file.format](path, file)

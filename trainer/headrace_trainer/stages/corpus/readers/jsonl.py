@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, its text under ``textField``."""
+"""JSON lines: one object per line, with its text under ``textField``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from headrace_trainer.stages.corpus.sources import SourceFile
 
 
 def read_jsonl(path: Path, file: SourceFile) -> Iterator[Record]:
-    """One record a line; blank lines are passed over, and null is an empty text."""
+    """One record per line. Blank lines are skipped; null is an empty text."""
     offset = 0
     with open_bytes(path, file.address) as stream:
         for number, line in enumerate(stream, start=1):
@@ -45,7 +45,7 @@ def _parse(line: str, *, place: str) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise UserError(
             f"{place}: not valid JSON: {error.msg} at column {error.colno}; "
-            "each line must be one whole JSON object: mend or remove the line"
+            "each line must be one whole JSON object: fix or remove the line"
         ) from error
     if not isinstance(value, dict):
         raise UserError(f"{place}: a JSON {type(value).__name__}, not an object; each line must be one JSON object")

@@ -1,4 +1,4 @@
-"""Parquet: one row a document, its text in the column ``textField``."""
+"""Parquet: one document per row, its text in the column ``textField``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ _ROWS_AT_ONCE = 1024
 
 
 def read_parquet(path: Path, file: SourceFile) -> Iterator[Record]:
-    """One record a row; a null is an empty text."""
+    """One record per row. Null is an empty text."""
     try:
         yield from _rows(path, file)
     except (pa.ArrowException, OSError) as error:
@@ -33,7 +33,7 @@ def _rows(path: Path, file: SourceFile) -> Iterator[Record]:
 
 
 def _columns(schema: pa.Schema, file: SourceFile) -> list[str]:
-    """The text column, and ``url`` if it is there."""
+    """The text column, and ``url`` if there is one."""
     if file.text_field not in schema.names:
         raise UserError(
             f"{file.address}: no column {file.text_field!r}; the file has {', '.join(schema.names)}: "

@@ -1,13 +1,13 @@
-"""What every reader gives."""
+"""What all readers return."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One text as a reader found it."""
+    """One text as read."""
 
     number: int
-    """Where it is in its file: line, row or record, from 1."""
+    """Line, row or record number in its file, from 1."""
     text: str
     url: str | None = None

@@ -1,4 +1,4 @@
-"""Plain text: one document a file."""
+"""Plain text: one document per file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,6 @@ from headrace_trainer.stages.corpus.sources import SourceFile
 
 
 def read_text(path: Path, file: SourceFile) -> Iterator[Record]:
-    """The whole file as one record."""
+    """One record: the whole file."""
     with open_bytes(path, file.address) as stream:
         yield Record(number=1, text=decode_utf8(stream.read(), file.address))

@@ -1,7 +1,7 @@
-"""Web archives (ISO 28500): HTML pages of WARC files, texts of Common Crawl's WET files.
+"""Web archives (ISO 28500): HTML pages from WARC files, extracted texts from Common Crawl's WET files.
 
-Records that are no documents (requests, metadata, redirects, images) are passed over. A record with fewer bytes than its
-header promises is an error: crawls are often copied incompletely, and warcio would give what there is.
+Records that are not documents (requests, metadata, redirects, images) are skipped. A record shorter than its header
+promises is an error: crawls are often copied incompletely, and warcio would silently return what is there.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
 def read_warc(path: Path, file: SourceFile) -> Iterator[Record]:
-    """One record for each HTML page that the server answered with status 200."""
+    """One record per HTML page that the server answered with status 200."""
     for number, record, content in _whole_records(path, file):
         if _is_page(record):
             yield Record(number=number, text=main_text(content), url=_url(record))
 
 
 def read_wet(path: Path, file: SourceFile) -> Iterator[Record]:
-    """One record for each text that the crawler extracted."""
+    """One record per text that the crawler extracted."""
     for number, record, content in _whole_records(path, file):
         if record.rec_type == "conversion":
             text = decode_utf8(content, f"{file.address} record {number}")
@@ -49,11 +49,11 @@ def _whole_records(path: Path, file: SourceFile) -> Iterator[tuple[int, ArcWarcR
 def _next_record(archive: ArchiveIterator, file: SourceFile, *, number: int) -> ArcWarcRecord | None:
     try:
         return next(archive, None)
-    # warcio looks into headers that a cut has left empty, hence AttributeError.
+    # AttributeError: warcio accesses headers that truncation left empty.
     except (ArchiveLoadFailed, AttributeError) as error:
         raise UserError(
             f"{file.address}: record {number}, at byte {archive.offset} of the decompressed file, has no whole header: "
-            "the file is cut short or is no WARC file; copy it again, or set the source's format"
+            "the file is truncated or not a WARC file; copy it again, or set the source's format"
         ) from error
 
 
@@ -64,7 +64,7 @@ def _check_whole(record: ArcWarcRecord, archive: ArchiveIterator, *, place: str)
     if missing:
         raise UserError(
             f"{place}, at byte {archive.offset} of the decompressed file, ends {missing} bytes early: "
-            "the file is cut short; copy it again"
+            "the file is truncated; copy it again"
         )
 
 
