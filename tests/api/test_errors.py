@@ -128,7 +128,7 @@ CASES = [
     ("stages.corpus.corpus.sources", [{}], "spec.stages[0].corpus.sources[0].uri: missing; this field is required"),
     ("stages.tok.tokenizer.vocabSize", 299, "spec.stages[1].tokenizer.vocabSize: 299: must be at least 300"),
     ("stages.tok.tokenizer.vocabSize", "1.5", "spec.stages[1].tokenizer.vocabSize: '1.5': not a whole number once its suffix"),
-    ("stages.base.pretrain.keep", {"a": {"b": 1}}, "spec.stages[3].pretrain.keep: unknown field; known fields are from, model,"),
+    ("stages.base.pretrain.keep", {"a": {"b": 1}}, "spec.stages[3].pretrain.keep: unknown field; known fields are sequenceLength,"),
     ("stages.base.pretrain.schedule.decay", "cosin", "spec.stages[3].pretrain.schedule.decay: 'cosin': did you mean cosine?"),
     ("stages.base.pretrain.schedule.decay", 1, "spec.stages[3].pretrain.schedule.decay: 1: choose one of cosine, constant"),
     ("stages.base.pretrain.schedule.learningRate", "3e-4", "spec.stages[3].pretrain.schedule.learningRate: '3e-4': write a number, without"),
