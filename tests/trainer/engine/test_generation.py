@@ -28,6 +28,7 @@ def all_ways(rank: int, world: int, layout: dict[str, int]) -> dict[str, Any]:
     from headrace_trainer.engine.forward import forward_passes
     from headrace_trainer.engine.generation import Prompt, generate
     from headrace_trainer.engine.logprobs import log_probs
+    from headrace_trainer.engine.optimizer import wrap_model
     from headrace_trainer.engine.packed import collate
     from headrace_trainer.engine.sampling import Sampling
     from headrace_trainer.formats.packs import Document, Pack
@@ -68,7 +69,7 @@ def all_ways(rank: int, world: int, layout: dict[str, int]) -> dict[str, Any]:
             "sampled error": recomputed(second, temperature=1.3),
             "stop": sorted(stop),
             "stopped": [(c.tokens, len(c.log_probs), c.stopped) for c in run(replace(greedy, stop_tokens=stop))],
-            "again": tokens(sampled),
+            "again": [c.tokens for c in generate(wrap_model(model), prompts(), sampled, gang=ranks)],
             "alone": [tokens(sampled, i)[0] for i in range(len(PROMPTS))],
             "turned round": tokens(sampled, 3, 1, 0)[::-1],
             "other seed": tokens(replace(sampled, seed=1)),
@@ -92,6 +93,24 @@ def all_ways(rank: int, world: int, layout: dict[str, int]) -> dict[str, Any]:
             model, [batch], lambda m, b: (b.run(m, labels=b.labels_1T), lambda o: o[0]), shape=(LENGTH,)
         )
         return {**found, "losses": nll[0].tolist()}
+
+
+def in_bf16(rank: int, world: int) -> list[tuple[list[int], bool]]:
+    """Sampled tokens of a bf16 model of two stages, and whether they were about as likely as all others."""
+    from headrace_api.parallelism import Layout
+    from headrace_api.stages.pretrain import Precision
+    from headrace_trainer.engine.generation import generate
+    from headrace_trainer.engine.model.build import build_model
+    from headrace_trainer.engine.model.start import fill_start_weights
+    from headrace_trainer.engine.parallel import join_gang
+    from headrace_trainer.engine.sampling import Sampling
+
+    with join_gang(Layout(**PP2), rank=rank) as ranks:
+        model = build_model(SHAPE, gang=ranks, vocab_size=VOCAB, sequence_length=LENGTH, precision=Precision.BF16)
+        fill_start_weights(model, SHAPE, seed=7)
+        made = generate(model, prompts(), Sampling(max_new_tokens=NEW), gang=ranks)
+    # Start weights know next to nothing: every token has about the same probability.
+    return [(c.tokens, all(abs(p + np.log(VOCAB)) < 1 for p in c.log_probs)) for c in made]
 
 
 class Deaf(torch.nn.Module):
@@ -180,3 +199,9 @@ def test_every_layout_gives_the_same_tokens_and_trains_on_as_before(one: dict[st
             assert e.value["greedy error"] < 1e-5 and e.value["sampled error"] < 1e-5
             assert e.value["losses"] == pytest.approx(one["losses"], abs=1e-5, rel=0)
             assert e.value["as before"] == (True, True)
+
+
+def test_a_bf16_model_generates() -> None:
+    first, second = gang(in_bf16, 2)
+    assert not first.error and first.value == second.value, (first, second)
+    assert [(len(tokens), is_likely) for tokens, is_likely in first.value] == [(NEW, True)] * len(PROMPTS)

@@ -140,6 +140,21 @@ def test_clips(
     assert found.losses.item() == near(expected)
 
 
+def test_a_policy_that_is_far_from_the_old_one_has_finite_losses() -> None:
+    policy = torch.tensor([1000.0, 1000.0, -1000.0], requires_grad=True)
+    found = clipped_surrogate(
+        policy,
+        torch.zeros(3),
+        advantages=torch.tensor([0.0, 1.0, -1.0]),
+        mask=torch.ones(3),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    found.losses.sum().backward()
+    assert found.losses.tolist() == near([0.0, -1.2, 0.8])
+    assert policy.grad is not None and policy.grad.isfinite().all()
+
+
 def test_value_losses_take_the_larger_of_clipped_and_free() -> None:
     # (1.5 - 1)^2 against (clip(1.5, 0.9 +- 0.2) - 1)^2 = 0.01; and 0.04 against (1.2 - 3)^2
     found = value_losses(tensor(1.5, 2.8), tensor(0.9, 1.0), returns=tensor(1.0, 3.0), mask=tensor(1, 1), clip=0.2)

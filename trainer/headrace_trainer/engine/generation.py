@@ -142,7 +142,7 @@ class _Batch:
         self.rows = [self.rows[i] for i in kept]
         index_B, cache = self._tensor(kept), self._context.key_value_memory_dict
         for layer, memories in cache.items():
-            cache[layer] = tuple(memory_SBGD.index_select(1, index_B) for memory_SBGD in memories)
+            cache[layer] = tuple(memory_BGSD[index_B] for memory_BGSD in memories)
         if self._padding_B is not None:
             self._padding_B = self._padding_B[index_B]
 

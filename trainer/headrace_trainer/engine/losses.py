@@ -182,6 +182,9 @@ def kto(
 # Policy gradients ------------------------------------------------------------------------------------------------
 
 
+_LARGEST_LOG_RATIO = 20.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Surrogate:
     """The clipped objective of a policy, elementwise."""
@@ -218,7 +221,9 @@ def clipped_surrogate(
         clip_high: how far it may rise above 1.
         dual_clip: where the advantage is negative, the loss is at most this times it (arXiv 1912.09729).
     """
-    ratios = torch.exp(_hidden(log_probs, mask) - _hidden(old_log_probs, mask))
+    log_ratios = _hidden(log_probs, mask) - _hidden(old_log_probs, mask)
+    # An infinite ratio times an advantage of 0 would be NaN.
+    ratios = torch.exp(log_ratios.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
     advantages = _hidden(advantages, mask)
     free, held = -ratios * advantages, -ratios.clamp(1 - clip_low, 1 + clip_high) * advantages
     losses = torch.maximum(free, held)

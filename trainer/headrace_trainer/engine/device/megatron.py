@@ -35,6 +35,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.inference.contexts.static_context import StaticInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -77,6 +78,7 @@ __all__ = [
     "TorchDistSaveShardedStrategy",
     "TransformerConfig",
     "apply_factories",
+    "apply_rotary_pos_emb",
     "clip_grad_by_total_norm_fp32",
     "dist_checkpointing",
     "finalize_model_grads",

@@ -13,7 +13,10 @@ from headrace_trainer.engine.device.megatron import (
     AttnMaskType,
     MegatronModule,
     PackedSeqParams,
+    SelfAttention,
+    StaticInferenceContext,
     TransformerConfig,
+    apply_rotary_pos_emb,
 )
 
 
@@ -95,8 +98,17 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         _refuse("several queries after cached keys", attention_mask is None and 1 < num_queries < num_keys)
         if num_queries > 1 and attention_mask is None:
             _refuse_mask_type(attn_mask_type or AttnMaskType.causal)
+        if num_queries == 1 and num_keys > 1:
+            return self._newest(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), hidden=attention_mask)
         mixed_BHSD = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), hidden=attention_mask)
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _newest(
+        self, q_BH1D: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, *, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One query a head: those of the heads that share a key head are taken together, which is one product for all."""
+        q_BGRD = q_BH1D.reshape(*k_BGSD.shape[:2], -1, q_BH1D.size(-1))
+        return self._attend(q_BGRD, k_BGSD, v_BGSD, hidden=hidden, is_causal=False).flatten(1)[None]
 
     def _within_documents(
         self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, lengths: list[int]
@@ -113,16 +125,51 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         v_BGSD: torch.Tensor,
         *,
         hidden: torch.Tensor | None = None,
+        is_causal: bool = True,
     ) -> torch.Tensor:
         return functional.scaled_dot_product_attention(
             q_BHSD,
             k_BGSD,
             v_BGSD,
             attn_mask=None if hidden is None else ~hidden,
-            is_causal=hidden is None and q_BHSD.size(2) == k_BGSD.size(2),
+            is_causal=is_causal and hidden is None,
             scale=self.scale,
             enable_gqa=q_BHSD.size(1) != k_BGSD.size(1),
         )
+
+
+class CachingSelfAttention(SelfAttention):  # type: ignore[misc]
+    """Megatron's attention layer, whose cache holds keys that are rotated already.
+
+    Megatron's own static cache holds them as they were before, and rotates all of them again for every token.
+    """
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: StaticInferenceContext | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotary_pos_emb: tuple[torch.Tensor, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Add keys and values [S, B, G, D] to the cache, and give all that are in it; queries are still to be rotated."""
+        if inference_context is None:
+            return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+        begin = inference_context.sequence_len_offset
+        end = begin + key.size(0)
+        q_angles, k_angles = (angles[begin:end] for angles in rotary_pos_emb)
+        key = apply_rotary_pos_emb(key, k_angles, config=self.config, cp_group=self.pg_collection.cp)
+        cache = inference_context.key_value_memory_dict
+        if self.layer_number not in cache:
+            shape = (*key.shape[1:3], inference_context.max_sequence_length, key.size(3))
+            cache[self.layer_number] = (key.new_empty(shape), value.new_empty(shape))
+        for memory_BGSD, new in zip(cache[self.layer_number], (key, value), strict=True):
+            memory_BGSD[:, :, begin:end] = new.permute(1, 2, 0, 3)
+        keys, values = (memory[:, :, :end].permute(2, 0, 1, 3) for memory in cache[self.layer_number])
+        mask_type = AttnMaskType.no_mask if begin else self.attn_mask_type
+        return query, keys, values, (q_angles, None), mask_type, None
 
 
 def _lengths(packs: PackedSeqParams) -> list[int]:

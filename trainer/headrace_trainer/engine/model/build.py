@@ -22,7 +22,7 @@ from headrace_trainer.engine.device.megatron import (
     get_gpt_layer_with_transformer_engine_spec,
     tensor_parallel,
 )
-from headrace_trainer.engine.model.attention import CausalAttention
+from headrace_trainer.engine.model.attention import CachingSelfAttention, CausalAttention
 from headrace_trainer.engine.model.language_model import LanguageModel
 from headrace_trainer.engine.model.scalar_head import ScalarHead
 from headrace_trainer.engine.parallel import Gang
@@ -161,9 +161,11 @@ def _fusions() -> dict[str, bool]:
 
 def _layer_spec() -> ModuleSpec:
     if device.has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    spec.submodules.self_attention.module = CachingSelfAttention
     return spec
 
 
