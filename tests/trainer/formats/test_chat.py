@@ -232,7 +232,9 @@ SAID = "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}%s{% 
         ("{% for m in messages %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% endfor %}", "not what the assistant says"),
     ],
 )  # fmt: skip
-def test_a_template_that_does_not_say_what_to_train_on_is_refused_with_what_to_add(folders, tmp_path, template, expected):
+def test_a_template_that_does_not_say_what_to_train_on_is_refused_with_what_to_add(
+    folders, tmp_path, template, expected
+):
     message = refusal(folders["byte_level"], tmp_path / "t", template)
     assert expected in message
     assert str(tmp_path / "t") in message
@@ -263,7 +265,9 @@ def test_a_template_that_rewrites_the_prompt_once_it_is_answered_is_a_bad_record
 
 def test_a_template_that_asks_for_the_day_gives_the_same_tokens_every_day(folders, tmp_path):
     (tmp_path / "t").mkdir()
-    with_chat_template(folders["byte_level"], tmp_path / "t", template='{{ strftime_now("%d %b %Y") }}' + DEFAULT_TEMPLATE)
+    with_chat_template(
+        folders["byte_level"], tmp_path / "t", template='{{ strftime_now("%d %b %Y") }}' + DEFAULT_TEMPLATE
+    )
     found = document(tmp_path / "t", ChatRecord(place=HERE, messages=chat("Hi", "Hello")))
     assert AutoTokenizer.from_pretrained(tmp_path / "t").decode(found.tokens).startswith("26 Jul 2024<|im_start|>")
 

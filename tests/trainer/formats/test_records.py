@@ -104,7 +104,10 @@ def test_arguments_of_calls_become_objects_and_parts_of_content_one_text(tmp_pat
 def test_keys_that_parquet_adds_to_other_rows_objects_are_left_out(tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]}
-        for call in ({"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": 2}}})
+        for call in (
+            {"function": {"name": "f", "arguments": {"a": 1}}},
+            {"function": {"name": "g", "arguments": {"b": 2}}},
+        )
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     calls = [record.messages[1]["tool_calls"][0]["function"] for record in read_all(tmp_path / "a.parquet")]
@@ -191,7 +194,9 @@ def test_pairs_of_turns_without_a_common_beginning_have_no_prompt(tmp_path):
 
 
 def test_a_margin_that_is_not_a_number_is_named_in_parquet(tmp_path):
-    pq.write_table(pa.Table.from_pylist([PAIR | {"margin": 1.0}, PAIR | {"margin": float("nan")}]), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([PAIR | {"margin": 1.0}, PAIR | {"margin": float("nan")}]), tmp_path / "a.parquet"
+    )
     good, bad = read_all(tmp_path / "a.parquet", PAIR_SHAPES)
     assert (good.margin, bad.reason, bad.place.number) == (1.0, Reason.NOT_FINITE, 2)
 
@@ -205,7 +210,9 @@ def test_the_first_record_decides_the_shape_and_the_others_must_have_it(tmp_path
 
 def test_the_most_telling_shape_that_the_stage_takes_is_chosen(tmp_path):
     row = PAIR | PROMPTED | MESSAGES | TEXT | {"label": True}
-    kinds = {shapes: type(read_one(tmp_path, row, shapes)) for shapes in (SFT_SHAPES, PAIR_SHAPES, KTO_SHAPES, PROMPT_SHAPES)}
+    kinds = {
+        shapes: type(read_one(tmp_path, row, shapes)) for shapes in (SFT_SHAPES, PAIR_SHAPES, KTO_SHAPES, PROMPT_SHAPES)
+    }
     assert [*kinds.values()] == [CompletionRecord, PairRecord, CompletionRecord, PromptRecord]
 
 
@@ -372,7 +379,10 @@ def counted(bad, good):
 def read_bad(count):
     from headrace_trainer.formats.records import Place
 
-    return [BadRecord(place=Place(file="a.jsonl", number=i + 1), reason=Reason.EMPTY, detail="'text' is empty") for i in range(count)]
+    return [
+        BadRecord(place=Place(file="a.jsonl", number=i + 1), reason=Reason.EMPTY, detail="'text' is empty")
+        for i in range(count)
+    ]
 
 
 def test_a_budget_of_bad_records_is_kept_exactly():
@@ -380,7 +390,9 @@ def test_a_budget_of_bad_records_is_kept_exactly():
     with pytest.raises(UserError) as caught:
         counted(2, 1997).check(max_bad_fraction=0.001)
     message = str(caught.value)
-    assert message.startswith("sft.data.sources[0].uri: 'a': 2 of 1,999 records (0.10%) cannot be used, and maxBadFraction")
+    assert message.startswith(
+        "sft.data.sources[0].uri: 'a': 2 of 1,999 records (0.10%) cannot be used, and maxBadFraction"
+    )
     assert "empty 2. First: a.jsonl:1: empty: 'text' is empty; a.jsonl:2" in message
     assert message.endswith("empty: fill in or remove the record; or raise maxBadFraction")
 
@@ -394,7 +406,9 @@ def test_records_that_are_lost_together_count_each():
     assert tally.as_json()["bad"] == {"unreadable": 50}
 
 
-@pytest.mark.parametrize(("bad", "said"), [(0, "no records, none of them usable"), (3, "3 records, none of them usable")])
+@pytest.mark.parametrize(
+    ("bad", "said"), [(0, "no records, none of them usable"), (3, "3 records, none of them usable")]
+)
 def test_a_source_without_usable_records_is_an_error_whatever_the_budget(bad, said):
     with pytest.raises(UserError, match=said):
         counted(bad, 0).check(max_bad_fraction=1)
