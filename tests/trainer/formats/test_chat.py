@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from headrace_trainer.errors import UserError
@@ -20,7 +21,9 @@ from headrace_trainer.formats.records import (
     PromptRecord,
     Reason,
     TextRecord,
+    Unusable,
 )
+from headrace_trainer.formats.records.shapes import Shape, parse
 from headrace_trainer.formats.tokenizer import END_OF_TEXT, load_tokenizer
 from manifests import seed_of_this_test
 from trainer.formats.builders import KINDS, byte_level, chat, save
@@ -285,6 +288,19 @@ def test_spans_hold_what_the_mask_of_transformers_loses(folders):
     assert sum(theirs["assistant_masks"]) < ours.num_trained
 
 
+def test_a_span_of_the_first_token_alone_ends_with_it(folders):
+    """Where ``transformers``' mask goes on to the end of the text."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["byte_level"])
+    said = "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + said + "{% endfor %}"
+    messages = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "\nHi"}, *chat("", "B")[1:]]
+    theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    assert all(theirs["assistant_masks"])
+    rendered = ChatTemplate(tokenizer, name="t").render(messages)
+    (ours,) = TextTokenizer(tokenizer, name="t", longest=512).documents([_said(rendered)])
+    assert tokenizer.decode(ours.tokens[ours.mask]) == "B"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_default_template_adds_two_tokens_at_the_end_and_moves_none(plain_folders, folders, kind):
     before = load_tokenizer(plain_folders[kind]).tokenizer.get_vocab(with_added_tokens=True)
@@ -383,3 +399,83 @@ def test_bad_records_pass_through_in_order(folders):
     found = encode(folders["byte_level"], bad, good, bad)
     assert [isinstance(f, BadRecord) for f in found] == [True, False, True]
     assert found[1].record is good
+
+
+def some_row(rng, shape):
+    """A row with the columns of a shape, whose values are mostly not what they should be."""
+
+    def scalar():
+        return rng.choice([None, True, 0, -1.5, 10**30, "", " ", "x", "<|im_end|>", "\x00", "🎉", [], {}])
+
+    def value(depth=0):
+        if depth > 3 or rng.random() < 0.4:
+            return scalar()
+        if rng.random() < 0.3:
+            return [value(depth + 1) for _ in range(rng.randint(0, 3))]
+        names = ["role", "content", "tool_calls", "function", "name", "arguments", "type", "text"]
+        return {rng.choice(names): value(depth + 1) for _ in range(rng.randint(0, 4))}
+
+    def turn():
+        content = rng.choice(["Hi", "Yes", "Yes\n", value(2)])
+        found = {"role": rng.choice(["user", "assistant", "assistant", "tool", "x", None]), "content": content}
+        call = {"function": {"name": rng.choice(["f", value()]), "arguments": value()}}
+        return found | rng.choice([{}, {}, {"tool_calls": [call]}, {"tool_calls": value()}, {"thinking": value()}])
+
+    def text():
+        return rng.choice(["Hi", [turn() for _ in range(rng.randint(0, 3))], [turn()], value()])
+
+    return {column: text() for column in shape.columns} | rng.choice(
+        [{}, {"label": True}, {"margin": value(), "tools": value()}]
+    )
+
+
+def test_whatever_a_row_holds_it_is_a_unit_or_a_bad_record(folders):
+    rng, records, bad = random.Random(seed_of_this_test()), [], 0
+    for i in range(3000):
+        shape = rng.choice([*Shape])
+        try:
+            records.append(parse(some_row(rng, shape), shape, place=Place(file="a.jsonl", number=i)))
+        except Unusable as error:
+            bad += 1
+            assert error.detail
+    found = encode(folders["byte_level"], *records, sequence_length=64)
+    assert len(found) == len(records)
+    units = [f.unit for f in found if not isinstance(f, BadRecord) and f.unit is not None]
+    assert bad > 300 and len(units) > 100, "the generator has lost its bite"
+    for unit in units:
+        assert sum(len(d) for d in unit) <= 64
+
+
+def test_white_space_that_a_special_token_swallows_is_swallowed_before_an_answer_too(folders, tmp_path):
+    """Some special tokens, as Phi's, take the white space behind them; a model that is asked sees it gone."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("<|answer|>", special=True, normalized=False, rstrip=True)])
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    said = "{% if m['role'] == 'assistant' %}<|answer|>{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    template = "{% for m in messages %}" + said + "{% endfor %}{% if add_generation_prompt %}<|answer|>{% endif %}"
+    folder = save(tokenizer, tmp_path / "t", chat_template=template)
+    messages = chat("Hi", "  Yes")
+    found = document(folder, ChatRecord(place=HERE, messages=messages))
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert found.tokens.tolist() == expected
+    assert trained_text(folder, found) == "Yes<|end|>"
+
+
+def test_settings_that_list_the_tokens_of_an_imported_tokenizer_do_not_hide_the_new_ones(tmp_path):
+    listed = {"0": {"content": END_OF_TEXT, "special": True}}
+    folder = save(byte_level(), tmp_path / "plain", added_tokens_decoder=listed, additional_special_tokens=[])
+    (tmp_path / "out").mkdir()
+    with_chat_template(folder, tmp_path / "out")
+    found = document(tmp_path / "out", ChatRecord(place=HERE, messages=chat("Hi", "Yes")))
+    end = load_tokenizer(tmp_path / "out").tokenizer.token_to_id("<|im_end|>")
+    assert found.tokens[-1] == end
+    assert encoder(tmp_path / "out").stop_ids() == [0, end]
+
+
+def test_a_tokenizer_that_cuts_texts_by_itself_does_not_cut_records(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(length=64)
+    folder = save(tokenizer, tmp_path / "t")
+    found = document(folder, TextRecord(place=HERE, text="The lamp burns until the sun is up"))
+    assert 4 < len(found) < 64
