@@ -5,6 +5,7 @@ In: the lengths of units (a document, or a pair that must stay together). Out: w
 state of the data. Next: ``engine.packed`` makes tensors of a ``Pack``.
 """
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -126,40 +127,48 @@ class _Rooms:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._bins: dict[int, list[np.ndarray]] = {}
+        self._bins: dict[int, list[int]] = {}
         self._some = 0
         """Bit ``r`` is set where a bin has room ``r``: the smallest room that suffices is a few operations on one number."""
         self.num_bins = 0
 
-    def place(self, count: int, *, length: int) -> np.ndarray:
-        """The bins of ``count`` units of one length, int64 [count]."""
-        placed: list[np.ndarray] = []
-        while count:
-            bins, room = self._take(length, count)
-            each = room // length if length else count  # empty units take no room
-            used = min(count, each * len(bins))
-            full, rest = divmod(used, each)
-            placed.append(np.repeat(bins[: full + (rest > 0)], each)[:used])
-            self._put(bins[:full], room - each * length)
-            self._put(bins[full : full + 1], room - rest * length)
-            self._put(bins[full + 1 :], room)
-            count -= used
-        return np.concatenate(placed)
+    def place(self, count: int, *, length: int) -> list[int]:
+        """The bins of ``count`` units of one length."""
+        placed: list[int] = []
+        while (left := count - len(placed)) > 0:
+            room = self._best_room(length)
+            each = room // length if length else left  # empty units take no room
+            bins = self._take(room, -(-left // each))
+            if len(bins) == 1:
+                placed += bins * min(each, left)
+                self._put(bins, room - min(each, left) * length)
+                continue
+            last = min(each, left - each * (len(bins) - 1))
+            placed += [b for b in bins[:-1] for _ in range(each)] + bins[-1:] * last
+            self._put(bins[:-1], room - each * length)
+            self._put(bins[-1:], room - last * length)
+        return placed
 
-    def _take(self, length: int, count: int) -> tuple[np.ndarray, int]:
-        """The bins with the least room that suffices; as many new ones as are needed where none has."""
+    def _best_room(self, length: int) -> int:
+        """The least room of an open bin that suffices; that of a new one where none does."""
         fitting = self._some >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            self._some ^= 1 << room
-            return np.concatenate(self._bins.pop(room)), room
-        each = self._capacity // length if length else count
-        first, self.num_bins = self.num_bins, self.num_bins - (-count // each)
-        return np.arange(first, self.num_bins), self._capacity
+        return length + (fitting & -fitting).bit_length() - 1 if fitting else self._capacity
 
-    def _put(self, bins: np.ndarray, room: int) -> None:
-        if len(bins):
-            self._bins.setdefault(room, []).append(bins)
+    def _take(self, room: int, most: int) -> list[int]:
+        """Up to ``most`` of the bins with this room; where there are none, as many new ones."""
+        bins = self._bins.get(room)
+        if not bins:
+            first, self.num_bins = self.num_bins, self.num_bins + most
+            return list(range(first, self.num_bins))
+        taken = bins[-most:]
+        del bins[-most:]
+        if not bins:
+            self._some ^= 1 << room
+        return taken
+
+    def _put(self, bins: list[int], room: int) -> None:
+        if bins:
+            self._bins.setdefault(room, []).extend(bins)
             self._some |= 1 << room
 
 
@@ -244,24 +253,25 @@ class PackOrder:
 
     def units(self, index: int) -> np.ndarray:
         """The units of pack ``index`` of the run, int64."""
-        epoch = 0
-        while index >= self._first_of(epoch + 1):
-            epoch += 1
+        epoch = self._epoch_at(index)
         bins, shuffled = self._epoch(epoch)
         return bins[int(shuffled[index - self._first_of(epoch)])]
 
     def epoch_of(self, index: int) -> float:
         """How many epochs are done when ``index`` packs are, as 1.25."""
-        epoch = 0
-        while index >= self._first_of(epoch + 1):
-            epoch += 1
+        epoch = self._epoch_at(index)
         first, end = self._first_of(epoch), self._first_of(epoch + 1)
         return epoch + (index - first) / (end - first)
 
     def efficiency(self, epoch: int = 0) -> float:
         """The share of an epoch's positions that hold a token and not padding."""
         bins, _ = self._epoch(epoch)
-        return float(self._lengths[bins.units].sum()) / (self._capacity * len(bins))
+        return float(self._lengths[bins.units].sum()) / (self._capacity * max(1, len(bins)))
+
+    def _epoch_at(self, index: int) -> int:
+        while self._firsts[-1] <= index:
+            self._first_of(len(self._firsts))
+        return bisect.bisect_right(self._firsts, index) - 1
 
     def _first_of(self, epoch: int) -> int:
         while len(self._firsts) <= epoch:
@@ -269,8 +279,8 @@ class PackOrder:
         return self._firsts[epoch]
 
     def _num_packs(self, epoch: int) -> int:
-        """Whole weights give every epoch the same lengths, and so the same number of packs."""
-        if epoch > 0 and all(share.weight.is_integer() for share in self._shares):
+        """Whole weights give every epoch the same lengths, and so the same number of packs; others have to be packed."""
+        if epoch > 0 and all(share.weight == int(share.weight) for share in self._shares):
             return self._firsts[1]
         return len(self._epoch(epoch)[0])
 

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any, Protocol
+
+import numpy as np
 
 from headrace_trainer.formats.packs import Document, Unit
 
@@ -51,14 +52,16 @@ def _facts(document: Document) -> str:
 
 
 def _marked(document: Document, tokenizer: Any) -> Iterator[str]:
-    pairs = zip(document.tokens.tolist(), document.mask.tolist(), strict=True)
-    runs = [(trained, [token for token, _ in run]) for trained, run in groupby(pairs, key=lambda pair: pair[1])]
-    for i, (trained, ids) in enumerate(runs):
-        if _RUNS // 2 <= i < len(runs) - _RUNS // 2:
-            yield f"\n[... {len(runs) - _RUNS} more parts ...]\n" if i == _RUNS // 2 else ""
-            continue
-        text = _shortened(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        yield f"{OPEN}{text}{CLOSE}" if trained else text
+    ids, ends = document.tokens.tolist(), [*(np.flatnonzero(np.diff(document.mask)) + 1).tolist(), len(document)]
+    done = ""
+    for i, end in enumerate(ends):
+        # From the beginning each time: a part that is decoded alone loses the space before its first word.
+        whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text, done = _shortened(whole[len(done) :]), whole
+        if i < _RUNS // 2 or i >= len(ends) - _RUNS // 2:
+            yield f"{OPEN}{text}{CLOSE}" if document.mask[end - 1] else text
+        elif i == _RUNS // 2:
+            yield f"\n[... {len(ends) - _RUNS} more parts ...]\n"
 
 
 def _shortened(text: str) -> str:

@@ -158,8 +158,8 @@ class ChatTemplate:
             Unusable: the template refuses the turns.
             UserError: the tokenizer has no template.
         """
-        # Not apply_chat_template: its mask counts the end of a span by the first token of the last character, so it loses
-        # tokens of an emoji there, and where that character has no token it takes everything behind it too.
+        # Not apply_chat_template: its mask ends with the first token of a span's last character, which loses tokens of an
+        # emoji there; and where that is the text's first token, the mask goes on to the text's end.
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._text(tools)
