@@ -164,5 +164,5 @@ def _memory(field: str, run: TrainingRun, stage: Stage, machine: Machine) -> Ite
         error = too_large(f"{field}.pretrain", state, has)
         yield _error(error.field, error.value, error.remedy)
     elif (state + activations) * sharing > memory:
-        needs = f"state and activations take about {people_bytes(state + activations)} a rank, and {has}"
+        needs = f"state and activations take about {people_bytes(state + activations)} per rank, but {has}"
         yield _warning(f"{field}.pretrain.microBatchSize", None, f"{needs}; lower it, or sequenceLength")
