@@ -41,7 +41,7 @@ CASES: list[tuple[Machine, dict[str, Any], Severity | None, str]] = [
     (LAPTOP, {"model": {"preset": "llama-1b"}}, None, ""),
     (LAPTOP, {"model": {"preset": "llama-7b"}}, Severity.ERROR, "pretrain: weights, gradients and optimizer state take 104.2 GB per rank, but 1 share"),
     (LAPTOP, {"model": {"preset": "llama-1b"}, "compute": {"ranksPerNode": 2}}, Severity.ERROR, "pretrain: weights, gradients and optimizer state take"),
-    (ONE_GPU, {"model": {"preset": "llama-7b"}, "compute": {"gpusPerNode": 1}}, Severity.ERROR, "and a GPU here has 25.8 GB"),
+    (ONE_GPU, {"model": {"preset": "llama-7b"}, "compute": {"gpusPerNode": 1}}, Severity.ERROR, "but a GPU here has 25.8 GB"),
     (EIGHT_GPUS, {"model": {"preset": "llama-7b"}, "compute": {"gpusPerNode": 8}, "precision": "bf16"}, None, ""),
     (
         EIGHT_GPUS,
