@@ -167,8 +167,8 @@ def _prose(row: dict[str, Any]) -> str:
         return ""
     return (
         f"{row['layout']}; {people_count(row['parameters'])} parameters, {people_count(row['tokens'])} tokens "
-        f"({row['tokensPerParameter']:.1f} a parameter; about 20 is compute-optimal), {row['steps']:,} steps of "
+        f"({row['tokensPerParameter']:.1f} per parameter; about 20 is compute-optimal), {row['steps']:,} steps of "
         f"{people_count(row['tokensPerStep'])} tokens, {row['flops']:.2e} FLOPs, "
         f"{people_bytes(row['stateBytesPerRank'])} of state and about "
-        f"{people_bytes(row['activationBytesPerRank'])} of activations a rank"
+        f"{people_bytes(row['activationBytesPerRank'])} of activations per rank"
     )

@@ -168,5 +168,5 @@ def _memory(field: str, run: TrainingRun, stage: Stage, machine: Machine) -> Ite
         error = too_large(f"{field}.{stage.kind}", state, has)
         yield _error(error.field, error.value, error.remedy)
     elif (state + activations) * sharing > memory:
-        needs = f"state and activations take about {people_bytes(state + activations)} a rank, and {has}"
+        needs = f"state and activations take about {people_bytes(state + activations)} per rank, but {has}"
         yield _warning(f"{field}.{stage.kind}.microBatchSize", None, f"{needs}; lower it, or sequenceLength")

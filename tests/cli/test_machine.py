@@ -39,9 +39,9 @@ CASES: list[tuple[Machine, dict[str, Any], Severity | None, str]] = [
     (EIGHT_GPUS, {"compute": {"nodes": 2, "gpusPerNode": 8}}, Severity.ERROR, "compute.gpusPerNode: 8: this machine has 8 of the 16 GPUs"),
     # 1.28B parameters with two tables of 4096: 16 layers of 60.8M, 16.8M, norms; 16 bytes each in fp32.
     (LAPTOP, {"model": {"preset": "llama-1b"}}, None, ""),
-    (LAPTOP, {"model": {"preset": "llama-7b"}}, Severity.ERROR, "pretrain: weights, gradients and optimizer take 104.2 GB a rank, and 1 share"),
-    (LAPTOP, {"model": {"preset": "llama-1b"}, "compute": {"ranksPerNode": 2}}, Severity.ERROR, "pretrain: weights, gradients and optimizer take"),
-    (ONE_GPU, {"model": {"preset": "llama-7b"}, "compute": {"gpusPerNode": 1}}, Severity.ERROR, "and a GPU here has 25.8 GB"),
+    (LAPTOP, {"model": {"preset": "llama-7b"}}, Severity.ERROR, "pretrain: weights, gradients and optimizer state take 104.2 GB per rank, but 1 share"),
+    (LAPTOP, {"model": {"preset": "llama-1b"}, "compute": {"ranksPerNode": 2}}, Severity.ERROR, "pretrain: weights, gradients and optimizer state take"),
+    (ONE_GPU, {"model": {"preset": "llama-7b"}, "compute": {"gpusPerNode": 1}}, Severity.ERROR, "but a GPU here has 25.8 GB"),
     (EIGHT_GPUS, {"model": {"preset": "llama-7b"}, "compute": {"gpusPerNode": 8}, "precision": "bf16"}, None, ""),
     (
         EIGHT_GPUS,

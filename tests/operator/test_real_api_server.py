@@ -301,7 +301,7 @@ def test_a_run_that_the_operator_refuses_says_why(world: World) -> None:
     assert failed["reason"] == "Invalid"
     # 16 layers of 60.8M parameters over 2 tensor ranks, two tables of 4096 x 2048 halved, norms; 4 + 4 + 8 bytes each.
     assert (
-        "compute.memory: weights, gradients and optimizer take 7.9 GB a rank, and its 2 ranks share 8.6 GB"
+        "compute.memory: weights, gradients and optimizer state take 7.9 GB per rank, but its 2 ranks share 8.6 GB"
         in failed["message"]
     )
     assert world.names("jobs") == []
@@ -341,7 +341,7 @@ def test_a_model_that_is_larger_than_the_runtimes_gpus_is_refused_until_they_are
     world.plane.apply(run)
     status = world.eventually(world.status)
     failed = next(c for c in status["conditions"] if c["type"] == "Failed")
-    assert "take 58.6 GB a rank, and a GPU has 25.8 GB; split the model over more ranks" in failed["message"]
+    assert "take 58.6 GB per rank, but a GPU has 25.8 GB; split the model over more ranks" in failed["message"]
     runtime["spec"]["trainer"]["gpuMemory"] = "80Gi"
     world.plane.apply(runtime)
     world.eventually(lambda: world.status()["summary"] == "Starting")

@@ -1,4 +1,4 @@
-"""Parameters, tokens, operations and memory of a pretrain stage."""
+"""Parameters, tokens, FLOPs and memory of a pretrain stage."""
 
 from dataclasses import dataclass
 
@@ -12,28 +12,28 @@ class PretrainEstimate:
     """What a pretrain stage needs."""
 
     parameters: int
-    """Parameters, with the vocabulary unpadded."""
+    """Number of parameters, with an unpadded vocabulary."""
     steps: int
     tokens_per_step: int
     tokens_per_parameter: float
-    """About 20 is compute-optimal by Hoffmann et al., arXiv 2203.15556."""
+    """About 20 is compute-optimal (Hoffmann et al., arXiv 2203.15556)."""
     flops: float
-    """Floating-point operations of the whole stage: 6 a parameter and token (arXiv 2001.08361, section 2.1)."""
+    """Floating-point operations of the whole stage: 6 per parameter and token (arXiv 2001.08361, section 2.1)."""
     data_ranks: int
     state_bytes_per_rank: int
     """Weights, gradients and optimizer state of the fullest rank."""
     activation_bytes_per_rank: int
-    """What that rank saves for its backward passes, on top."""
+    """What that rank additionally saves for the backward pass."""
 
 
 def estimate_pretrain(pretrain: Pretrain, *, num_ranks: int, vocab_size: int, on_gpus: bool) -> PretrainEstimate:
-    """Plan a pretrain stage.
+    """Estimate a pretrain stage.
 
     Args:
         pretrain: the stage's typed block.
         num_ranks: ranks in the gang.
-        vocab_size: tokens in the vocabulary, unpadded.
-        on_gpus: whether the ranks have GPUs, whose kernels save less.
+        vocab_size: number of tokens, unpadded.
+        on_gpus: whether ranks have GPUs, whose fused kernels save less.
     """
     arch = pretrain.model.architecture
     axes = layout(pretrain.parallelism, num_ranks=num_ranks)

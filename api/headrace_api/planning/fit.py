@@ -1,6 +1,6 @@
-"""What a run needs against what its ranks have: a gang whose state is larger than its memory dies in its first minute.
+"""Check whether a run's state fits its ranks' memory. A gang that is too large would die in its first minute.
 
-Only the state is held against a device: activations are an estimate, and what fails by it alone is not refused.
+Only the state is checked: activations are an estimate, which alone is no reason to refuse a run.
 """
 
 from headrace_api.base import FieldError
@@ -10,12 +10,12 @@ from headrace_api.run import Stage, TrainingRun
 from headrace_api.stages import Pretrain
 
 _SMALLEST_VOCAB = 1
-"""Of an imported tokenizer, which is not known before it is read."""
-_SMALLER = "split the model over more ranks (parallelism), add data ranks, or take a smaller model"
+"""For an imported tokenizer, whose size is unknown until it is read."""
+_SMALLER = "split the model over more ranks (parallelism), add data ranks, or choose a smaller model"
 
 
 def vocab_size(run: TrainingRun, pretrain: Pretrain) -> int | None:
-    """Tokens of the vocabulary that a stage trains on, as its tokenizer stage asks for; None if it is imported."""
+    """Vocabulary size of a stage's tokenizer, as requested; None if the tokenizer is imported."""
     stages = {stage.name: stage for stage in run.spec.stages}
     shards = stages[pretrain.from_.shards].shards
     assert shards is not None, "references are checked when a run is parsed"
@@ -25,7 +25,7 @@ def vocab_size(run: TrainingRun, pretrain: Pretrain) -> int | None:
 
 
 def least_estimate(run: TrainingRun, stage: Stage, *, on_gpus: bool) -> PretrainEstimate | None:
-    """What a pretrain stage needs at least, if its vocabulary is not known yet; None for other stages."""
+    """The minimum that a pretrain stage needs, while its vocabulary size may be unknown; None for other stages."""
     if stage.pretrain is None:
         return None
     vocab = vocab_size(run, stage.pretrain) or _SMALLEST_VOCAB
@@ -33,11 +33,11 @@ def least_estimate(run: TrainingRun, stage: Stage, *, on_gpus: bool) -> Pretrain
 
 
 def device_errors(run: TrainingRun, *, gpu_memory: int | None) -> list[FieldError]:
-    """Stages whose state is larger than the memory that they ask for.
+    """Stages whose state exceeds the memory they ask for.
 
     Args:
         run: the run.
-        gpu_memory: bytes of one GPU, where they are known.
+        gpu_memory: bytes of one GPU, if known.
     """
     errors = []
     for i, stage in enumerate(run.spec.stages):
@@ -55,12 +55,12 @@ def device_errors(run: TrainingRun, *, gpu_memory: int | None) -> list[FieldErro
 
 
 def too_large(field: str, needed: int, has: str) -> FieldError:
-    """The refusal of a state that is larger than a memory.
+    """The error for a state that exceeds a memory.
 
     Args:
-        field: where the memory is asked for, or the layout.
-        needed: bytes of state of a rank.
-        has: what there is, as people say it.
+        field: the field that asks for the memory, or the layout.
+        needed: bytes of state per rank.
+        has: what is available, as prose.
     """
-    needs = f"weights, gradients and optimizer take {people_bytes(needed)} a rank"
-    return FieldError(field, None, f"{needs}, and {has}; {_SMALLER}")
+    needs = f"weights, gradients and optimizer state take {people_bytes(needed)} per rank"
+    return FieldError(field, None, f"{needs}, but {has}; {_SMALLER}")

@@ -1,8 +1,9 @@
-"""The memory of the fullest rank: what it keeps from step to step, and what one pass leaves for its backward pass.
+"""Memory of the fullest rank: persistent state, and what a forward pass saves for the backward pass.
 
-State is exact but for paddings of a few kilobytes. Activations are what autograd saves without recomputation, after the
-method of arXiv 2205.05198, section 4, counted for this model: RMSNorm, SwiGLU, grouped queries, attention that saves its
-inputs, its output and no scores. ``tests/trainer/engine/test_memory.py`` compares both with what a real gang allocates.
+State is exact except for a few kilobytes of padding. Activations are what autograd saves without recomputation, by the
+method of arXiv 2205.05198, section 4, adapted to this model: RMSNorm, SwiGLU, grouped queries, and attention that saves
+its inputs and output but no scores. ``tests/trainer/engine/test_memory.py`` compares both with a real gang's
+allocations.
 """
 
 from dataclasses import dataclass
@@ -13,43 +14,43 @@ from headrace_api.stages.training import Precision
 
 _WEIGHT_BYTES = {Precision.FP32: 4, Precision.BF16: 2, Precision.FP8: 2}
 _MAIN_WEIGHT_BYTES = {Precision.FP32: 0, Precision.BF16: 4, Precision.FP8: 4}
-"""fp32 weights are stepped in place; others have a main copy in fp32 (arXiv 1710.03740)."""
+"""fp32 weights are updated in place; others have an fp32 main copy (arXiv 1710.03740)."""
 _GRADIENT_BYTES = 4
 _ADAM_BYTES = 8
 """Two moments in fp32."""
 _FP8_COPY_BYTES = 2
-"""Transformer Engine keeps each layer's matrices in FP8 for a step, and their transposes."""
+"""For each step, Transformer Engine keeps FP8 copies of each layer's matrices and their transposes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes on one rank."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """What is saved for the backward passes that are under way, FP8 copies of the weights included."""
+    """Saved for the backward passes in flight, including FP8 copies of the weights."""
 
     @property
     def state(self) -> int:
-        """Bytes that stay from step to step."""
+        """Bytes that persist between steps."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """Bytes at the fullest moment, temporary buffers left out."""
+        """Peak bytes, without temporary buffers."""
         return self.state + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """How samples go through a replica."""
+    """How samples flow through a replica."""
 
     sequence_length: int
     micro_batch_size: int
     num_micro_batches: int
-    """In a step of one replica."""
+    """Per step and replica."""
 
 
 def fullest_rank(
@@ -62,16 +63,16 @@ def fullest_rank(
     fused: bool,
     sequence_parallel: bool,
 ) -> Memory:
-    """The memory of the rank that needs the most. Tensor and data ranks of a pipeline stage need the same.
+    """Memory of the rank that needs the most. Tensor and data ranks of a pipeline stage need the same.
 
     Args:
         arch: the model.
         axes: the layout.
-        vocab_size: tokens, unpadded.
+        vocab_size: number of tokens, unpadded.
         precision: number format of weights and matrix multiplications.
-        batches: samples in flight.
-        fused: whether Transformer Engine's kernels save less than plain torch, as on GPUs.
-        sequence_parallel: whether tensor ranks also share what lies between matrices.
+        batches: the samples in flight.
+        fused: whether kernels save as little as Transformer Engine's, as on GPUs.
+        sequence_parallel: whether tensor ranks also split the activations between matrices.
     """
 
     def memory(stage: int) -> Memory:
@@ -79,14 +80,14 @@ def fullest_rank(
         weights = parameters * _WEIGHT_BYTES[precision]
         saved = _Saved(arch=arch, axes=axes, precision=precision, fused=fused, sequence_parallel=sequence_parallel)
         per_token = saved.bytes_per_token(stage=stage, vocab_size=vocab_size)
-        # One pass forward, one back in turn (arXiv 2104.04473, section 2.2.1): early stages hold more micro-batches.
+        # 1F1B schedule (arXiv 2104.04473, section 2.2.1): earlier pipeline stages hold more micro-batches.
         in_flight = min(axes.pipeline - stage, batches.num_micro_batches)
         tokens = batches.sequence_length * batches.micro_batch_size * in_flight
         copies = _FP8_COPY_BYTES * parameters if precision is Precision.FP8 else 0
         return Memory(
             weights=weights,
             gradients=parameters * _GRADIENT_BYTES,
-            # Spread over the data axis: ZeRO stage 1 (arXiv 1910.02054).
+            # Sharded over the data axis: ZeRO stage 1 (arXiv 1910.02054).
             optimizer=-(-parameters * (_MAIN_WEIGHT_BYTES[precision] + _ADAM_BYTES) // axes.data),
             activations=tokens * per_token + copies,
         )
@@ -95,26 +96,26 @@ def fullest_rank(
 
 
 def num_stage_parameters(arch: Architecture, axes: Layout, *, stage: int, vocab_size: int) -> int:
-    """Parameters on one rank of a pipeline stage: matrices are split over tensor ranks, norms are not.
+    """Parameters on one rank of a pipeline stage. Matrices are split over tensor ranks, norms are not.
 
     Args:
         arch: the model.
         axes: the layout.
-        stage: 0 embeds tokens, the last one computes losses.
-        vocab_size: tokens, unpadded.
+        stage: the first one embeds tokens, the last one computes losses.
+        vocab_size: number of tokens, unpadded.
     """
     hidden, first, last = arch.hidden_size, stage == 0, stage == axes.pipeline - 1
     attention = hidden * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
     layer = (attention + 3 * hidden * arch.ffn_hidden_size) // axes.tensor + 2 * hidden
     table = padded_vocab(vocab_size) // axes.tensor * hidden
-    # Tied embeddings are one matrix where one rank has both ends of the model, and two copies where not.
+    # Tied embeddings are one matrix if one rank has both ends of the model, else two copies.
     tables = first + (last and not (first and arch.tie_embeddings))
     return arch.layers // axes.pipeline * layer + tables * table + (hidden if last else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Saved:
-    """What autograd saves for each token of a micro-batch, on one rank."""
+    """What autograd saves per token of a micro-batch, on one rank."""
 
     arch: Architecture
     axes: Layout
@@ -124,21 +125,21 @@ class _Saved:
 
     def bytes_per_token(self, *, stage: int, vocab_size: int) -> int:
         last = stage == self.axes.pipeline - 1
-        # The cross-entropy keeps the softmax in fp32.
+        # The cross-entropy saves the softmax in fp32.
         loss = self._norm() + 4 * padded_vocab(vocab_size) // self.axes.tensor if last else 0
         return self.arch.layers // self.axes.pipeline * self._layer() + loss
 
     def _layer(self) -> int:
         arch, width = self.arch, 4 if self.precision is Precision.FP32 else 2
         queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        # Queries, keys and values as they were projected; queries and keys once more with their positions; the output.
+        # Projected queries, keys and values; queries and keys again after rotary embedding; the output.
         attention = (queries + 2 * keys) + (queries + keys) + queries
-        # Both projections; plain kernels also keep SiLU's input, made contiguous, and its output.
+        # Both projections; unfused kernels also save SiLU's input (made contiguous) and its output.
         feed_forward = (3 if self.fused else 5) * arch.ffn_hidden_size
         return 2 * self._norm() + (attention + feed_forward) * width // self.axes.tensor
 
     def _norm(self) -> int:
-        """Bytes of a norm: its input and its output. Plain ones work in fp32, and keep what they normalized too."""
+        """Bytes of a norm: its input and output. Unfused norms work in fp32 and also save the normalized values."""
         width = 4 if self.precision is Precision.FP32 else 2
         saved = 2 * width if self.fused else 8 + width
         split = self.axes.tensor if self.sequence_parallel else 1

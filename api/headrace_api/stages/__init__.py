@@ -1,4 +1,4 @@
-"""The stage kinds, one file each. ``KINDS`` is the one list of them; a new kind is a file and a line here."""
+"""The stage kinds, one file each. A new kind needs a file, and a line in ``KINDS``."""
 
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig
 from headrace_api.stages.corpus import Corpus

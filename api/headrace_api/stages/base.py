@@ -1,6 +1,6 @@
-"""What every stage kind says of itself: its name, what it takes and gives, and how it is run.
+"""What every stage kind declares: its name, what it consumes and produces, and how it runs.
 
-Each neighbour file ``<kind>.py`` holds one kind's fields, defaults and checks; ``__init__`` lists them.
+Each file ``<kind>.py`` next to this one holds one kind's fields, defaults and checks; ``__init__`` lists them.
 """
 
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ class ArtifactKind(StrEnum):
     CORPUS = "corpus"
     """Cleaned documents: JSONL, gzip."""
     TOKENIZER = "tokenizer"
-    """A tokenizer.json and its Hugging Face configuration."""
+    """A tokenizer.json with its Hugging Face configuration."""
     SHARDS = "shards"
     """Token ids: Megatron .bin/.idx pairs, a manifest and the tokenizer."""
     CHECKPOINT = "checkpoint"
@@ -24,7 +24,7 @@ class ArtifactKind(StrEnum):
     REWARD = "reward"
     """A Megatron torch_dist checkpoint of a model with a scalar head, with its architecture and tokenizer."""
     EVALUATION = "evaluation"
-    """Scores and the report that explains them."""
+    """Scores, with the report that explains them."""
     HUGGINGFACE = "huggingface"
     """A folder that transformers and vLLM load."""
     ENDPOINT = "endpoint"
@@ -32,27 +32,27 @@ class ArtifactKind(StrEnum):
 
 
 class RunsAs(StrEnum):
-    """How the pods of a stage belong together."""
+    """How the pods of a stage relate to one another."""
 
     TASKS = "tasks"
-    """Independent ranks: each reads its part of the input and nobody waits for anybody."""
+    """Independent ranks: each reads its part of the input; none waits for another."""
     GANG = "gang"
     """Ranks that compute together: all of them live, or none."""
     SERVICE = "service"
-    """Replicas that go on until the run is deleted."""
+    """Replicas that serve until the run is deleted."""
 
 
 class Inputs(Spec):
-    """Names of earlier stages, by what they are used for."""
+    """Names of earlier stages, by slot."""
 
     ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {}
 
     def by_slot(self) -> dict[str, str]:
-        """Slot -> name of the stage whose artifact fills it."""
+        """Slot -> the stage whose artifact fills it."""
         return {slot: name for slot in self.ACCEPTS if (name := getattr(self, slot)) is not None}
 
     def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
-        """Nothing: an input is told by its artifact's digest, not by the name of the stage that made it."""
+        """Empty: an input is identified by its artifact's digest, not by the name of its stage."""
         return {}
 
 
@@ -64,13 +64,13 @@ class StageConfig(Spec):
     RUNS_AS: ClassVar[RunsAs]
 
     def inputs(self) -> dict[str, str]:
-        """Slot -> name of the stage whose artifact fills it; empty where the stage reads none."""
+        """Slot -> the stage whose artifact fills it; empty if the stage has no inputs."""
         block = getattr(self, "from_", None)
         return block.by_slot() if isinstance(block, Inputs) else {}
 
     @classmethod
     def slots(cls) -> dict[str, tuple[ArtifactKind, bool]]:
-        """Slot -> the kind of artifact that it takes, and whether the whole ``from`` may be left out."""
+        """Slot -> the kind of artifact it accepts, and whether the whole ``from`` is optional."""
         field = cls.model_fields.get("from_")
         if field is None:
             return {}
@@ -82,7 +82,7 @@ class StageConfig(Spec):
         yield from _addresses(self.dump(), ())
 
     def accepts(self) -> dict[str, ArtifactKind]:
-        """Slot -> the kind of artifact that it takes."""
+        """Slot -> the kind of artifact it accepts."""
         block = getattr(self, "from_", None)
         return dict(block.ACCEPTS) if isinstance(block, Inputs) else {}
 

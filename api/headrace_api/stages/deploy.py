@@ -1,4 +1,4 @@
-"""The deploy stage: an exported model -> an OpenAI-compatible endpoint that has answered once before it is called ready."""
+"""The deploy stage: an exported model -> an OpenAI-compatible endpoint, ready once it has answered a completion."""
 
 from enum import StrEnum
 from typing import Annotated, ClassVar
@@ -10,7 +10,7 @@ from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, 
 
 
 class Engine(StrEnum):
-    """The program that serves."""
+    """The serving program."""
 
     TRANSFORMERS = "transformers"
     VLLM = "vllm"
@@ -37,6 +37,6 @@ class Deploy(StageConfig):
     engine: Engine = Engine.TRANSFORMERS
     """engine is the server: transformers runs on CPUs, vllm on GPU pools."""
     replicas: Annotated[int, Part.EXECUTION] = Field(1, ge=1, le=1000)
-    """replicas is the number of servers to begin with; a change is applied in place, and an autoscaler's is kept. A local run has one."""
+    """replicas is the initial number of servers. A change is applied in place; an autoscaler's choice is kept. A local run has one."""
     port: int = Field(8000, ge=1024, le=65535)
-    """port is where the endpoint listens; a local run takes the next free one."""
+    """port is where the endpoint listens; a local run uses the next free port."""

@@ -1,4 +1,4 @@
-"""The evaluate stage: how well a model predicts held-out text, and whether that is good enough to go on."""
+"""The evaluate stage: how well a model predicts held-out text, and whether that is good enough to continue."""
 
 import operator
 import re
@@ -17,7 +17,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_BOUND = Matches(r"^ *(>=|<=|>|<) *[0-9]+(\.[0-9]+)? *$", "write a comparison with a number, as >=3 or <40")
+_BOUND = Matches(r"^ *(>=|<=|>|<) *[0-9]+(\.[0-9]+)? *$", "write a comparison with a number, such as >=3 or <40")
 
 
 class Task(StrEnum):
@@ -33,7 +33,7 @@ def meets(requirement: str, value: float) -> bool:
 
 
 class EvaluateInputs(Inputs):
-    """What is evaluated, on what."""
+    """What is evaluated, and on what."""
 
     ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {
         "model": ArtifactKind.CHECKPOINT,
@@ -43,16 +43,16 @@ class EvaluateInputs(Inputs):
     model: StageName
     """model names the stage that trained the model."""
     shards: StageName
-    """shards names the stage with the validation shards, and with the training shards for the unigram baseline."""
+    """shards names the shards stage; its validation split is evaluated, its training split gives the unigram baseline."""
 
 
 METRICS = ("loss", "perplexity", "bitsPerByte", "unigramPerplexity", "unigramRatio")
-"""What the perplexity task measures; ``require`` may bound each."""
+"""What the perplexity task measures; ``require`` may bound any of them."""
 _KNOWN = rule(f"self.all(metric, metric in {list(METRICS)})", f"bound one of {', '.join(METRICS)}")
 
 
 class Evaluate(StageConfig):
-    """Measure a model on held-out text, beside a unigram model of the same vocabulary."""
+    """Measure a model on held-out text, compared with a unigram model of the same vocabulary."""
 
     KIND = "evaluate"
     GIVES = ArtifactKind.EVALUATION
@@ -61,13 +61,13 @@ class Evaluate(StageConfig):
     from_: EvaluateInputs = Field(alias="from")
     """from names the model and the shards."""
     tasks: list[Task] = Field(default_factory=lambda: [Task.PERPLEXITY], min_length=1, max_length=8)
-    """tasks are what is measured."""
+    """tasks are the measurements to make."""
     max_tokens: Quantity = Field(1_000_000, ge=2, le=MOST)
-    """maxTokens bounds the validation tokens that are read."""
+    """maxTokens bounds the number of validation tokens to read."""
     require: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=32), _BOUND]] = Field(
         default_factory=dict, max_length=16, json_schema_extra={"x-kubernetes-validations": [_KNOWN]}
     )
-    """require maps a metric (loss, perplexity, bitsPerByte, unigramPerplexity, unigramRatio) to a bound, as unigramRatio: ">=3"; the stage fails where one is missed."""
+    """require maps a metric (loss, perplexity, bitsPerByte, unigramPerplexity, unigramRatio) to a bound, such as unigramRatio: ">=3"; a missed bound fails the stage."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -51,7 +51,7 @@ class Pretrain(Training):
     model: ModelSpec
     """model is the architecture."""
     tokens: Annotated[Quantity, Part.EXTENT] = Field(ge=1, le=MOST)
-    """tokens is how many tokens the model is trained on; the number of steps is this over the tokens of a global batch, rounded up."""
+    """tokens is how many tokens to train on; divided by the tokens per global batch and rounded up, it gives the number of steps."""
 
     @property
     def steps(self) -> int:

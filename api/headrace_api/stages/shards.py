@@ -1,4 +1,4 @@
-"""The shards stage: documents + tokenizer -> token ids in Megatron's .bin/.idx form, with a manifest of digests."""
+"""The shards stage: documents + tokenizer -> token ids in Megatron's .bin/.idx format, with a manifest of digests."""
 
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, 
 
 
 class ShardsInputs(Inputs):
-    """What is tokenized, and by what."""
+    """What is tokenized, and by which tokenizer."""
 
     ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {
         "corpus": ArtifactKind.CORPUS,
@@ -23,7 +23,7 @@ class ShardsInputs(Inputs):
 
 
 class Shards(StageConfig):
-    """Tokenize a corpus and cut it into shards for training and validation."""
+    """Tokenize a corpus into shards for training and validation."""
 
     KIND = "shards"
     GIVES = ArtifactKind.SHARDS
@@ -32,6 +32,6 @@ class Shards(StageConfig):
     from_: ShardsInputs = Field(alias="from")
     """from names the corpus and the tokenizer."""
     shard_bytes: Quantity = Field(2**30, ge=2**16, le=MOST)
-    """shardBytes is the size at which a new shard is begun."""
+    """shardBytes is the size above which a new shard starts."""
     validation_ratio: float = Field(0.02, gt=0, lt=1)
-    """validationRatio is the part of the documents, chosen by the hash of their text, that is kept for validation."""
+    """validationRatio is the fraction of documents, chosen by the hash of their text, that is held out for validation."""

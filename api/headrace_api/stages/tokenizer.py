@@ -1,4 +1,4 @@
-"""The tokenizer stage: cleaned documents -> a byte-level BPE tokenizer, or an existing one read from its files."""
+"""The tokenizer stage: cleaned documents -> a byte-level BPE tokenizer, or an import of an existing one."""
 
 from enum import StrEnum
 from typing import ClassVar, Self
@@ -28,14 +28,14 @@ class TokenizerImport(Spec):
     """An existing tokenizer's files."""
 
     uri: StoredUri
-    """uri is a folder with tokenizer.json, or with GPT-2's merges (vocab.json or encoder.json; merges.txt or vocab.bpe)."""
+    """uri is a folder with tokenizer.json, or with GPT-2's vocabulary (vocab.json or encoder.json) and merges (merges.txt or vocab.bpe)."""
 
 
-_ONE_ORIGIN = "set either from.corpus, to train, or import.uri, to read; not both"
+_ONE_ORIGIN = "set either from.corpus, to train, or import.uri, to import; not both"
 
 
 class Tokenizer(StageConfig):
-    """Learn a tokenizer from a corpus, or import one."""
+    """Train a tokenizer on a corpus, or import one."""
 
     model_config = api_rules(rule("has(self.from) != has(self.__import__)", _ONE_ORIGIN))
 
@@ -44,15 +44,15 @@ class Tokenizer(StageConfig):
     RUNS_AS = RunsAs.TASKS
 
     from_: TokenizerInputs | None = Field(None, alias="from")
-    """from names the corpus that the tokenizer is trained on."""
+    """from names the corpus to train the tokenizer on."""
     import_: TokenizerImport | None = Field(None, alias="import")
     """import reads an existing tokenizer instead of training one."""
     algorithm: Algorithm = Algorithm.BPE
     """algorithm is how the vocabulary is learned: bpe is byte-level byte-pair encoding, as in GPT-2."""
     vocab_size: Quantity = Field(32_768, ge=300, le=1_000_000)
-    """vocabSize is the number of tokens, special tokens and the 256 bytes included."""
+    """vocabSize is the number of tokens, including special tokens and the 256 bytes."""
     sample_bytes: Quantity = Field(2**30, ge=1, le=MOST)
-    """sampleBytes bounds the text that the tokenizer is trained on."""
+    """sampleBytes bounds the amount of text to train on."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
