@@ -2,7 +2,7 @@
 
 import pytest
 
-from builders import STAGES, failed, succeeded
+from builders import STAGES, ended, failed, succeeded
 from headrace_api.faults import FaultClass
 from headrace_api.run import ConditionType, StageState
 from headrace_operator.brain.observed import AttemptState
@@ -89,6 +89,21 @@ def test_another_version_that_resolves_the_same_spec_otherwise_changes_nothing(d
     it = training()
     it.see(digest=digest)
     assert (it.stopped(), it.started(), it.run.status.summary) == ([], [("base", 1)], "Running")
+
+
+def test_a_stage_whose_input_is_made_again_stops_and_then_waits_for_its_turn():
+    it = training()
+    it.change(seed=7)
+    it.generation(2)
+    it.step()
+    assert (it.stopped(), it.started()) == ([("base", 1)], [("corpus", 2)])
+    assert it.state("base") is StageState.STOPPING
+    it.attempts["base", 1] = ended(it.attempts["base", 1], failed(FaultClass.STOPPED))
+    it.step()
+    assert (it.state("base"), it.run.status.restarts) == (StageState.PENDING, 0)
+    for digest in ("c2", "t2", "s2"):
+        it.end(succeeded(digest))
+    assert (it.started(), it.state("base")) == ([("base", 2)], StageState.STARTING)
 
 
 def test_another_runtime_is_an_edit_too():

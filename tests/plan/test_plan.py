@@ -5,9 +5,12 @@ from datetime import timedelta
 import pytest
 
 from builders import STAGES, START, ended, failed, make_run, succeeded
+from headrace_api.artifact import ArtifactRef, stage_hash
+from headrace_api.contract import ResolvedStage
 from headrace_api.faults import FaultClass
-from headrace_api.run import ConditionType, SavedCheckpoint, StageState
-from headrace_operator.brain.observed import Attempt, AttemptState, Observed
+from headrace_api.run import ConditionType, ObjectMeta, SavedCheckpoint, StageState
+from headrace_api.stages import ArtifactKind
+from headrace_operator.brain.observed import Attempt, AttemptState, Held, Observed
 from headrace_operator.brain.plan import plan
 from plan.body import body
 
@@ -321,6 +324,63 @@ def test_events_tell_of_transitions_only():
     assert it.last.events == ()
     it.end(succeeded("c", documentsOut=12))
     assert [(e.reason, e.message) for e in it.last.events] == [("StageSucceeded", "corpus: documentsOut=12")]
+
+
+def test_the_figures_of_a_finished_stage_are_told_as_people_write_them():
+    it = body("corpus")
+    it.end(succeeded("c", b=1000, a=999.9, c=-2500, d=0.000123456))
+    assert [e.message for e in it.last.events] == ["corpus: a=999.9, b=1k, c=-2.5k, d=0.0001235"]
+
+
+def test_an_attempt_that_somebody_else_ends_is_said_to_stop_and_is_no_event():
+    it = body("corpus")
+    it.step()
+    it.see(state=AttemptState.STOPPING)
+    assert (it.state("corpus"), it.stopped(), it.last.events) == (StageState.STOPPING, [], ())
+    assert it.run.status.phase_message is None
+
+
+def test_a_finished_run_keeps_its_last_loss_and_no_other_column():
+    it = body("corpus", "tok", "tokens", "base")
+    for digest in "cts":
+        it.end(succeeded(digest))
+    it.report(phase="Running", done=489, total=489, loss=2.5, tokensPerSecond=9.0, etaSeconds=1.0)
+    it.end(succeeded("b"))
+    status = it.run.status
+    assert (status.summary, status.stage, status.loss) == ("Complete", "base", "2.5000")
+    rest = (status.step, status.progress, status.tokens_per_second, status.eta, status.phase_message)
+    assert rest == (None,) * 5 and status.checkpoint is None
+
+
+def test_a_long_reason_is_cut_to_what_a_status_may_hold():
+    it = body("corpus")
+    it.see(state=AttemptState.PENDING, held=Held(reason="Unschedulable", message="x" * 3000))
+    assert it.run.status.phase_message == "Waiting: Unschedulable: " + "x" * 1000
+
+
+def test_an_attempt_is_told_everything_but_secrets():
+    it = body("corpus", "tok", storage={"uri": "s3://bucket/demo/"}, runtime="h100", restartPolicy={"onStall": "5m"})
+    metadata = {"name": "demo", "namespace": "team", "uid": "uid-of-demo", "generation": 1}
+    it.run = it.run.model_copy(update={"metadata": ObjectMeta.model_validate(metadata)})
+    it.end(succeeded("c"))
+    corpus, tok = it.run.spec.stages
+    assert it.last.start == (
+        ResolvedStage(
+            run="demo",
+            namespace="team",
+            run_uid="uid-of-demo",
+            runtime="h100",
+            stage=tok,
+            attempt=1,
+            seed=1234,
+            hash=stage_hash(tok.config, seed=1234, inputs={"corpus": "c"}),
+            inputs={"corpus": ArtifactRef(uri="s3://bucket/demo/corpus", digest="c", kind=ArtifactKind.CORPUS)},
+            storage=it.run.spec.storage,
+            output_uri="s3://bucket/demo/tok",
+            on_stall="5m",
+        ),
+    )
+    assert it.status("corpus").hash == stage_hash(corpus.config, seed=1234, inputs={})
 
 
 def test_conditions_keep_the_time_of_their_last_change():

@@ -159,8 +159,8 @@ def test_a_quota_is_waited_for_in_sight_and_costs_nothing():
 
 def test_an_attempt_that_was_refused_in_part_is_stopped_before_the_next_starts():
     it = body("corpus")
-    it.refuse(REFUSED, in_part=True)
-    assert (it.stopped(), it.started()) == ([("corpus", 1)], [])
+    decided = it.refuse(REFUSED, in_part=True)
+    assert (it.stopped(), it.started(), decided.requeue_after_seconds) == ([("corpus", 1)], [], 5)
     it.end(failed(FaultClass.STOPPED))
     assert it.started() == [("corpus", 2)]
     assert it.run.status.restarts == 1

@@ -141,7 +141,7 @@ class Decision(ABC):
         """
         generation = self.run.metadata.generation
         same = generation is not None and status.generation == generation
-        return not same and bool(digest) and digest != self.resolved(max(1, status.attempt)).digest
+        return not same and bool(digest) and digest != self.resolved(1).digest
 
     def stop(self, status: StageStatus, attempts: tuple[Attempt, ...], *, then: str = "") -> StagePlan:
         """Stop attempts and wait for them to end."""

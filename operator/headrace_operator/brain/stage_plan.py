@@ -36,9 +36,8 @@ def plan_stage(
         finished: stage name -> artifact, for the stages that are done.
     """
     if not ready:
-        if before.state is StageState.SUSPENDED and not run.spec.suspend:
-            before = updated(before, state=StageState.PENDING)
-        return _decision(run, stage, observed, inputs={}, digest=before.hash or "").wait(before)
+        waiting = _decision(run, stage, observed, inputs={}, digest=before.hash or "")
+        return waiting.wait(_at_rest(before, waiting))
     inputs = {slot: finished[source] for slot, source in stage.config.inputs().items()}
     digest = stage_hash(stage.config, seed=run.spec.seed, inputs={slot: ref.digest for slot, ref in inputs.items()})
     decide = _decision(run, stage, observed, inputs=inputs, digest=digest)
@@ -60,6 +59,13 @@ def _decision(
     kind = Service if stage.config.RUNS_AS is RunsAs.SERVICE else Work
     attempts = observed.of_stage(stage.name)
     return kind(run=run, stage=stage, inputs=inputs, hash=digest, attempts=attempts, observed=observed)
+
+
+def _at_rest(before: StageStatus, decide: Decision) -> StageStatus:
+    """The status of a stage that has stopped, or is suspended no more: it waits for its turn like any other."""
+    has_stopped = before.state is StageState.STOPPING and not decide.live()
+    is_resumed = before.state is StageState.SUSPENDED and not decide.run.spec.suspend
+    return updated(before, state=StageState.PENDING) if has_stopped or is_resumed else before
 
 
 def _begin_again(before: StageStatus, digest: str) -> StageStatus:
