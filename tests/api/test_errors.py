@@ -122,7 +122,7 @@ CASES = [
     ("stages", {}, "spec.stages: a block: write a list"),
     ("stages.base", 1, "spec.stages[3]: 1: write a block with name, compute, corpus, tokenizer, shards, pretrain"),
     ("stages.corpus.corpus.languages", ["en", None], "spec.stages[0].corpus.languages[1]: write text, in quotes"),
-    ("stages.corpus.corpus.languages", ["english"], "spec.stages[0].corpus.languages[0]: 'english': write a code of two letters"),
+    ("stages.corpus.corpus.languages", ["english"], "spec.stages[0].corpus.languages[0]: 'english': write a two-letter ISO 639-1 code"),
     ("stages.corpus.corpus.languages", ["en"] * 101, "spec.stages[0].corpus.languages: a list: list at most 100; there are 101"),
     ("stages.corpus.corpus.sources", [], "spec.stages[0].corpus.sources: a list: list at least 1"),
     ("stages.corpus.corpus.sources", [{}], "spec.stages[0].corpus.sources[0].uri: missing; this field is required"),

@@ -155,11 +155,11 @@ def test_a_state_that_is_larger_than_its_memory_is_refused(
 def test_a_refusal_says_what_is_needed_what_there_is_and_what_to_do() -> None:
     on_gpus = seven_billion(compute={"gpusPerNode": 1})
     (error,) = device_errors(on_gpus, gpu_memory=80 * 10**9)
-    needs, remedy = "weights, gradients and optimizer take 121.4 GB a rank", "take a smaller model"
+    needs, remedy = "weights, gradients and optimizer state take 121.4 GB per rank", "choose a smaller model"
     assert needs in error.remedy and "a GPU has 80 GB" in error.remedy and remedy in error.remedy
     on_processors = seven_billion(compute={"ranksPerNode": 2, "memory": "100G"})
     (error,) = device_errors(on_processors, gpu_memory=None)
-    assert "take 80.9 GB a rank" in error.remedy and "its 2 ranks share 100 GB" in error.remedy
+    assert "take 80.9 GB per rank" in error.remedy and "its 2 ranks share 100 GB" in error.remedy
 
 
 def test_an_imported_vocabulary_is_not_guessed() -> None:
