@@ -17,6 +17,8 @@ from headrace_api.run import SavedCheckpoint, Stage, Storage
 STAGE_FILE = "stage.json"
 TOKEN_AUDIENCE = "headrace-progress"
 PROGRESS_PATH = "/v1/progress"
+REPORT_AFTER_HEADER = "Headrace-Report-After"
+"""In the answer to a report: seconds until the next one that brings only new numbers."""
 STARTING_PHASE = "Starting"
 """The phase of a rank until it has joined the others."""
 _MAX_COUNT = 2**63 - 1

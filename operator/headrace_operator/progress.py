@@ -16,7 +16,7 @@ import aiohttp
 from aiohttp import web
 from pydantic import ValidationError
 
-from headrace_api.contract import PROGRESS_PATH, TOKEN_AUDIENCE, ProgressReport
+from headrace_api.contract import PROGRESS_PATH, REPORT_AFTER_HEADER, TOKEN_AUDIENCE, ProgressReport
 from headrace_operator.body.caches import Cluster, RunKey
 from headrace_operator.body.kube import ApiError, Kube, path, words
 from headrace_operator.body.raw import Raw
@@ -32,6 +32,10 @@ _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _ACCOUNT = "system:serviceaccount:"
 
+
+REPORTS_PER_SECOND = 250
+"""What all pods together are asked to stay below; a report costs a few tenths of a millisecond."""
+_PRUNE_SECONDS = 10.0
 
 _TAKEN = PROGRESS_REPORTS.labels(code="204")
 
@@ -139,6 +143,25 @@ class TokenReviews:
             raise Refusal(503, "the API server could not review the token; report again later") from error
 
 
+class Crowd:
+    """How many pods report, and so how often each of them should. Pure: the caller passes the time."""
+
+    def __init__(self) -> None:
+        self._heard: dict[str, float] = {}
+        self._pruned = 0.0
+
+    def seconds_to_next(self, pod_uid: str, *, now: float) -> float:
+        """How long a pod that reported now should wait before it sends mere numbers again."""
+        self._heard[pod_uid] = now
+        seconds = len(self._heard) / REPORTS_PER_SECOND
+        if now - self._pruned > _PRUNE_SECONDS:
+            # A pod that was silent for three turns has ended, or has nothing to say.
+            oldest = now - 3 * max(seconds, _PRUNE_SECONDS)
+            self._heard = {uid: at for uid, at in self._heard.items() if at >= oldest}
+            self._pruned = now
+        return seconds
+
+
 class ProgressEndpoint:
     """The HTTP handler.
 
@@ -161,6 +184,7 @@ class ProgressEndpoint:
     ) -> None:
         self._reviews, self._cluster, self._leads = reviews, cluster, leads
         self._news, self._figures = news, figures
+        self._crowd = Crowd()
 
     def add_to(self, app: web.Application) -> None:
         """Serve at ``PROGRESS_PATH``."""
@@ -168,7 +192,7 @@ class ProgressEndpoint:
 
     async def _post(self, request: web.Request) -> web.Response:
         try:
-            await self._take(request)
+            pod = await self._take(request)
         except Refusal as refusal:
             PROGRESS_REPORTS.labels(code=str(refusal.status)).inc()
             response = web.json_response({"error": str(refusal)}, status=refusal.status)
@@ -176,9 +200,10 @@ class ProgressEndpoint:
                 response.force_close()  # so that the pod's next connection may reach the leader
             return response
         _TAKEN.inc()
-        return web.Response(status=204)
+        seconds = self._crowd.seconds_to_next(pod.uid, now=asyncio.get_running_loop().time())
+        return web.Response(status=204, headers={REPORT_AFTER_HEADER: f"{seconds:.1f}"})
 
-    async def _take(self, request: web.Request) -> None:
+    async def _take(self, request: web.Request) -> PodRecord:
         if not self._leads():
             raise Refusal(503, "this replica does not lead; report again later")
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -195,3 +220,4 @@ class ProgressEndpoint:
             self._news(key)
         else:
             self._figures(key, pod.run_uid)
+        return pod

@@ -6,7 +6,7 @@ are always as fresh as the reports. Pure: the caller passes the time.
 
 PROGRESS_SECONDS = 10.0
 """The shortest interval between a run's progress writes."""
-PROGRESS_WRITES_PER_SECOND = 50.0
+PROGRESS_WRITES_PER_SECOND = 25.0
 
 
 class Pace:

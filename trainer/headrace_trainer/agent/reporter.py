@@ -7,7 +7,7 @@ from pathlib import Path
 
 import urllib3
 
-from headrace_api.contract import Progress, ProgressReport, ResolvedStage
+from headrace_api.contract import REPORT_AFTER_HEADER, Progress, ProgressReport, ResolvedStage
 from headrace_api.faults import Outcome
 from headrace_trainer.agent.settings import Settings
 from headrace_trainer.stage import write_atomically
@@ -15,6 +15,8 @@ from headrace_trainer.stage import write_atomically
 _HTTP_INTERVAL_SECONDS = 2.0
 _FILE_INTERVAL_SECONDS = 0.25
 _FINISH_SECONDS = 3.0
+_MOST_SECONDS = 60.0
+"""Between two reports, whatever the operator asks for."""
 
 log = logging.getLogger("headrace.agent")
 
@@ -34,12 +36,14 @@ class Reporter:
         self._newest: Progress | None = None
         self._sent: Progress | None = None
         self._last = False
+        self._pause = self._interval
+        """Until numbers alone are sent again: the operator asks for more where many pods report."""
         if self._url and settings.index == 0:  # only pod 0 reports
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
 
     def send(self, progress: Progress) -> None:
-        """Queue a report. It is sent if it is new, at most once per interval."""
+        """Queue a report. It is sent if it is new, at most once per interval; mere numbers may have to wait longer."""
         with self._news:
             self._newest = progress
             self._news.notify()
@@ -72,6 +76,14 @@ class Reporter:
                 return
             with self._news:
                 self._news.wait_for(lambda: self._last, self._interval)
+                self._news.wait_for(lambda: self._last or self._has_news(), self._pause - self._interval)
+
+    def _has_news(self) -> bool:
+        """Whether the newest report differs from the last one in more than numbers."""
+        newest, sent = self._newest, self._sent
+        if newest is None or sent is None:
+            return newest is not None
+        return (newest.phase, newest.endpoint, newest.checkpoint) != (sent.phase, sent.endpoint, sent.checkpoint)
 
     def _deliver(self, progress: Progress) -> bool:
         if not self._url.startswith("file:"):
@@ -95,7 +107,10 @@ class Reporter:
             return False
         if answer.status >= 300:
             log.warning("progress report rejected: %s %s", answer.status, answer.data[:200].decode(errors="replace"))
-        return answer.status < 300
+            return False
+        asked = float(answer.headers.get(REPORT_AFTER_HEADER, "0"))
+        self._pause = min(max(asked, self._interval), _MOST_SECONDS)
+        return True
 
     def _envelope(self, progress: Progress) -> str:
         report = ProgressReport(namespace=self._resolved.namespace, run=self._resolved.run, progress=progress)
