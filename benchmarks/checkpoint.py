@@ -5,8 +5,8 @@ Saves. The same model with the same optimizer state is saved in five ways, in tu
 own ``dist_checkpointing`` with its forking ``AsyncCallsQueue``: in the ``fully_reshardable`` form, in the background and
 while training waits, and in the ``dp_reshardable`` form, which no other layout reads. A save's stall is all the time that
 it costs the training: the call that begins it, and what each step until it is committed takes longer than the median of the
-steps before and after. Ours also compares, hashes and copies the files to storage and commits a manifest there;
-Megatron's files are written where they stay, and are done then.
+steps before and after. Ours also hashes the files, copies them to storage and commits a manifest there; Megatron's are written
+where they stay, and are done then.
 
 Resumes. A state is saved under one layout and loaded under the same or another by ranks with a node each, from a directory
 that is read as a bucket is; what each node fetched, beside the size of the checkpoint.
@@ -266,10 +266,11 @@ def take(way: Way, loop: Loop) -> Save:
     wall, cpu = time.perf_counter(), time.process_time()
     way.begin()
     begin, begin_cpu = time.perf_counter() - wall, time.process_time() - cpu
+    is_done = not way.is_saving
     disturbed = [step()]  # what a fork left for later is paid at the first writing to a page
     while way.is_saving:
         disturbed.append(step())
-    commit = begin if begin > 0 and len(disturbed) == 1 else time.perf_counter() - wall
+    commit = begin if is_done else time.perf_counter() - wall
     quiet += [step() for _ in range(QUIET_STEPS)]
     plain, plain_cpu = (statistics.median(column) for column in zip(*quiet, strict=True))
     return Save(
@@ -419,18 +420,14 @@ def save_or_resume(model: str, layout: str, attempt: int, rank: int, folder: Pat
     return fetched if rank == 0 else None
 
 
-def compare_resumes(model: str) -> list[Resume]:
-    """Every pair of layouts, with fresh processes each."""
-    found = []
-    for saved_as, loaded_as in RESUMES:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            in_gang(save_or_resume, LAYOUTS[saved_as].world, folder, model, saved_as, 1)
-            size = sum(f.stat().st_size for f in next((folder / "storage").rglob("step-*")).iterdir())
-            fetched, _ = in_gang(save_or_resume, LAYOUTS[loaded_as].world, folder, model, loaded_as, 2)
-        found.append(Resume(model=model, saved_as=saved_as, loaded_as=loaded_as, bytes=size, fetched=tuple(fetched)))
-        print(resume_table(found[-1:]), flush=True)
-    return found
+def compare_resume(model: str, saved_as: str, loaded_as: str) -> Resume:
+    """Save under one layout and load under another, with fresh processes each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        in_gang(save_or_resume, LAYOUTS[saved_as].world, folder, model, saved_as, 1)
+        size = sum(f.stat().st_size for f in next((folder / "storage").rglob("step-*")).iterdir())
+        fetched, _ = in_gang(save_or_resume, LAYOUTS[loaded_as].world, folder, model, loaded_as, 2)
+    return Resume(model=model, saved_as=saved_as, loaded_as=loaded_as, bytes=size, fetched=tuple(fetched))
 
 
 def compare_saves(case: Case) -> dict[str, Figures]:
@@ -536,17 +533,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.json")
     args = parser.parse_args()
     measured: list[tuple[Case, dict[str, Figures]]] = []
+    resumes: list[Resume] = []
     if args.only != "resumes":
         for model in args.model or ARCHITECTURES:
             for layout in args.layout or ("1 rank", "DP2"):
                 case = Case(model=model, layout=layout, ways=tuple(args.way or WAYS), rounds=args.rounds)
                 measured.append((case, compare_saves(case)))
                 print(save_table(*measured[-1]), flush=True)
-    resumes = [] if args.only == "saves" else compare_resumes((args.model or ["30M"])[0])
+                write(args.out, measured, resumes)
+    if args.only != "saves":
+        for saved_as, loaded_as in RESUMES:
+            resumes.append(compare_resume((args.model or ["30M"])[0], saved_as, loaded_as))
+            print(resume_table(resumes[-1:]), flush=True)
+            write(args.out, measured, resumes)
+    print(f"\nwritten to {args.out}")
+    return int(any(f.share > LIMIT for _, figures in measured for name, f in figures.items() if name == "headrace"))
+
+
+def write(path: Path, measured: list[tuple[Case, dict[str, Figures]]], resumes: list[Resume]) -> None:
+    """Write what is known so far: on a busy machine the rest may take long."""
     record = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.checkpoint", *sys.argv[1:]]),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load": os.getloadavg()[1],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "limit": LIMIT,
@@ -558,10 +568,8 @@ def main() -> int:
         ],
         "resumes": [asdict(r) for r in resumes],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {args.out}")
-    return int(any(f.share > LIMIT for _, figures in measured for name, f in figures.items() if name == "headrace"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
