@@ -1,4 +1,4 @@
-"""For every tier: in CI a skipped test is a failed one, because nothing then stands behind what it would have shown."""
+"""For every tier: in CI a skipped test counts as a failure, since nothing then backs what it would have shown."""
 
 import os
 

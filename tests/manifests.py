@@ -1,4 +1,4 @@
-"""Random manifests: valid ones, and what people, tools and bad luck make of them.
+"""Random manifests: valid ones, and the mistakes that people, tools and bad luck make.
 
 Everything comes from one ``random.Random``, whose seed tests print, and take from HEADRACE_TEST_SEED. Values are drawn
 from the generated CustomResourceDefinition, so that a new field is tried without a line here.

@@ -1,4 +1,4 @@
-"""The CustomResourceDefinitions are generated, and say what the classes say."""
+"""The generated CustomResourceDefinitions match the API classes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Ten thousand manifests, most of them bad: the answer is always a run, or lines that say where and what to do."""
+"""Ten thousand manifests, most of them invalid: the result is always a run, or lines that say where and what to do."""
 
 import random
 import re

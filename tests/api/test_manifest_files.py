@@ -1,4 +1,4 @@
-"""Files that are no manifest, or a damaged one: one clear line each, never a traceback, and never a wait."""
+"""Files that are not manifests, or damaged ones: one clear line each, never a traceback or a hang."""
 
 import os
 import time

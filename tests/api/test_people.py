@@ -1,4 +1,4 @@
-"""Figures as people write them."""
+"""Human-readable figures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Memory of a rank against numbers that were worked out by hand. tests/trainer compares it with real tensors."""
+"""Memory of a rank against figures worked out by hand. tests/trainer compares it with real tensors."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""The chart: what it renders, what it refuses, and that it holds the definitions that the classes generate."""
+"""The chart: what it renders and refuses, and that it contains the generated CRDs."""
 
 import json
 import subprocess

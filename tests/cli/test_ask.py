@@ -1,4 +1,4 @@
-"""`ask` believes only the server that calls its model as this run does."""
+"""`ask` trusts only a server that serves this run's model."""
 
 import json
 import threading

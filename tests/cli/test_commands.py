@@ -1,4 +1,4 @@
-"""Every command: its formats, and what it says of manifests and run folders that nobody would expect."""
+"""Every command: output formats, and unexpected manifests and run folders."""
 
 import json
 import os

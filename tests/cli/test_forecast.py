@@ -1,4 +1,4 @@
-"""`plan` names as skipped what `run` skips: both obey the same planner."""
+"""`plan` lists as skipped what `run` skips: both use the same planner."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What is true of a run that no command works on, whatever its last status says."""
+"""The true state of a run that no command is running, whatever its stored status says."""
 
 from dataclasses import dataclass, replace
 from datetime import timedelta

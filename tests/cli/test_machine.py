@@ -1,4 +1,4 @@
-"""What this machine cannot do of a run is said before anything is started."""
+"""What this machine cannot run is reported before anything starts."""
 
 import os
 from pathlib import Path

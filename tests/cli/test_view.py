@@ -1,4 +1,4 @@
-"""What people see on a terminal of 80 columns: every figure, whole."""
+"""Output on an 80-column terminal: every figure in full."""
 
 import io
 import re

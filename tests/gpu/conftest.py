@@ -1,3 +1,3 @@
-"""Tests of what only a GPU shows. They are collected where there is one, by ``make test-gpu`` and by nobody else."""
+"""Tests that need a GPU. Collected only where there is one, and only by ``make test-gpu``."""
 
 collect_ignore_glob = []

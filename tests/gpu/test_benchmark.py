@@ -1,4 +1,4 @@
-"""The GPU benchmark, rehearsed without a GPU: every section that can run here does, and the rest says what it lacks."""
+"""The GPU benchmark, rehearsed without a GPU: sections that can run do, the others report what they lack."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A model that was trained on the GPU, as transformers and vLLM load it."""
+"""A model trained on the GPU, loaded by transformers and vLLM."""
 
 from pathlib import Path
 

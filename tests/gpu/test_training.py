@@ -1,4 +1,4 @@
-"""Training on one GPU: Transformer Engine's kernels, every precision, the same bits again, checkpoints that move."""
+"""Training on one GPU: Transformer Engine's kernels, every precision, bit-exact reruns, portable checkpoints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

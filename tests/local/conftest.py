@@ -1,4 +1,4 @@
-"""A home of its own for each test; nothing that it started outlives it."""
+"""A separate home for each test; no process outlives it."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""Bad input through `headrace run`: a clear message, exit code 1 or 2, and nothing half-written taken for done."""
+"""Bad input to `headrace run`: a clear message, exit code 1 or 2, and no partial output mistaken for a result."""
 
 import gzip
 import io

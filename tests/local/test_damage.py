@@ -1,4 +1,4 @@
-"""Disks that are full or cannot be written to, records that were lost, commands that were killed: said, and survived."""
+"""Full or read-only disks, lost records, killed commands: reported and survived."""
 
 import os
 import shutil

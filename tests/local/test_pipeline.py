@@ -1,4 +1,4 @@
-"""The whole way on one machine: raw text to a served model, and what people see of it."""
+"""The whole pipeline on one machine: raw text to a served model, and what users see of it."""
 
 import http.server
 import json

@@ -1,4 +1,4 @@
-"""Faults in real runs: what is killed comes back, and every later loss is the same, bit for bit.
+"""Faults in real runs: killed ranks restart, and every later loss is equal, bit for bit.
 
 The stages before pretraining are shared: a run that names them again skips them.
 """

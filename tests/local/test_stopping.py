@@ -1,4 +1,4 @@
-"""What is asked to stop stops, whoever asks and however it waits; and nothing outlives it."""
+"""A stop request ends the run, whoever sends it and whatever the run is waiting for; no process outlives it."""
 
 import os
 import random

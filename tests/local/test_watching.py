@@ -1,4 +1,4 @@
-"""A run on a terminal of 80 columns, and what other terminals see of it meanwhile."""
+"""A run on an 80-column terminal, and what other terminals show meanwhile."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the cluster shows -> attempts, outcomes and what a report may say."""
+"""From cluster objects to attempts, outcomes and accepted reports."""
 
 import dataclasses
 import json

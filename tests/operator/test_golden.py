@@ -1,4 +1,4 @@
-"""The objects of an attempt, whole, as golden/ has them: the contract with the cluster, to be read when it changes.
+"""The complete objects of an attempt, compared with golden/: the contract with the cluster, to be reviewed on change.
 
 HEADRACE_WRITE_GOLDEN=1 writes the files anew. ``test_real_objects`` shows them to an API server.
 """

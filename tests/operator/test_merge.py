@@ -1,4 +1,4 @@
-"""Laying a runtime's pod template over the defaults."""
+"""Merging a runtime's pod template over the defaults."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads: the right lines, a bounded number of them, and none of what has ended."""
+"""Prometheus metrics: correct, bounded in number, and gone once a run has ended."""
 
 import re
 from datetime import UTC, datetime

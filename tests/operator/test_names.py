@@ -1,4 +1,4 @@
-"""Object names: readable, short enough for host names, and never the same for two things."""
+"""Object names: readable, short enough for host names, and unique."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The work queue: once in it, one worker at a time, back after an error or at a deadline."""
+"""The work queue: a key is queued once, handled by one worker at a time, and retried after an error or a deadline."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

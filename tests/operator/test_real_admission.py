@@ -1,4 +1,4 @@
-"""What the API server refuses, by the generated definitions: each rule alone, and together what the operator refuses.
+"""What the API server rejects by the generated CRDs: each rule alone, and overall the same as the operator.
 
 Objects are created with ``dryRun=All`` and strict field validation, as kubectl does; nothing is stored.
 """

@@ -1,4 +1,4 @@
-"""A new leader adopts what it sees: against a real API server, counted in requests."""
+"""A new leader adopts running attempts: request counts against a real API server."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Operators, as processes, while the API server or the way to it fails: they live, act once, and soon again.
+"""Operator processes while the API server or the network fails: they survive, act once, and recover quickly.
 
 Times are printed; they are bounded here by what a busy machine may take, not by what is promised.
 """

@@ -1,4 +1,4 @@
-"""Who leads, with a Lease on a real API server: never two, and soon again one."""
+"""Leader election with a Lease on a real API server: never two leaders, and soon one again."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What the operator builds, shown to an API server: it knows every field, and admits the pods at the restricted level."""
+"""The operator's objects on a real API server: no unknown fields, and pods admitted at the restricted level."""
 
 import json
 from pathlib import Path

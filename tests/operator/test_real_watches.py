@@ -1,4 +1,4 @@
-"""Watches against a real API server, and what may go wrong between: each ends with the caches as the server is."""
+"""Watches against a real API server, with faults in between: the caches always converge to the server's state."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What the operator writes, against a real API server: only to what it has looked at, and only while it leads."""
+"""The operator's writes against a real API server: only to the version it read, and only while it leads."""
 
 import asyncio
 from collections.abc import Callable, Coroutine

@@ -1,4 +1,4 @@
-"""What the API server says of pods, Jobs and Deployments, and everything that is kept of it."""
+"""Pods, Jobs and Deployments as the API server sends them, and the records kept of them."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The small rules: whose report is taken, when a status is written, what settings may be."""
+"""Small rules: whose report is accepted, when a status is written, which settings are valid."""
 
 from datetime import UTC, datetime
 from typing import Any

@@ -1,4 +1,4 @@
-"""The store of newest versions: whatever order news comes in, and however often, it ends as the truth."""
+"""The store of newest versions: it converges whatever order events arrive in, and however often."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""A body without processes, for tables of cases: attempts are values, and time passes when told to."""
+"""A body without processes, for tables of cases: attempts are values, and time passes on demand."""
 
 from dataclasses import dataclass, field, replace
 from datetime import timedelta

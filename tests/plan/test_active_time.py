@@ -1,4 +1,4 @@
-"""How long a stage has worked: attempts count, what lies between them does not."""
+"""Active time: attempts count, the gaps between them do not."""
 
 from dataclasses import replace
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Budgets bound the failures between which nothing is gained; progress gives them back, and the total stays."""
+"""Budgets bound failures without progress in between; progress resets them, and the totals stay."""
 
 import pytest
 

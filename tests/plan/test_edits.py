@@ -1,4 +1,4 @@
-"""A running attempt is frozen: an edit stops it and takes the next one, and nothing else ever does."""
+"""A running attempt is frozen: an edit, and only an edit, stops it and takes the next one."""
 
 import pytest
 

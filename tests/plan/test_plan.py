@@ -1,4 +1,4 @@
-"""The planner, driven the way a body drives it: plan, carry out, look again."""
+"""The planner, driven as a body drives it: plan, act, observe."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""Whatever happens, in whatever order: the planner never spins, never doubles a gang, and charges nothing twice."""
+"""Random events in random order: the planner never spins, never runs a gang twice, and never charges twice."""
 
 import os
 import random

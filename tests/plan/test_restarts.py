@@ -1,4 +1,4 @@
-"""Whatever goes wrong, and however often: it is said, backed off, charged once, and ends."""
+"""Every kind of failure, repeated: reported, backed off, charged once, and bounded."""
 
 from dataclasses import replace
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Servers: one rolls over to the next, waits for room, and is not taken down by what it does not depend on."""
+"""Servers: they roll over, wait for capacity, and stay up while unrelated stages change."""
 
 import pytest
 

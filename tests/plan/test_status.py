@@ -1,4 +1,4 @@
-"""What people read: a run is Running when it runs, says why it does not, and loses nothing that another version wrote."""
+"""The status: Running means running, waiting states its reason, and fields of other versions survive."""
 
 import copy
 from typing import Any

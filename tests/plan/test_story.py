@@ -1,4 +1,4 @@
-"""One run from its manifest to its end, and everything that is said and done about it, as golden/story.yaml has it.
+"""One run from manifest to completion, with every status and event, compared with golden/story.yaml.
 
 HEADRACE_WRITE_GOLDEN=1 writes the file anew; what changes then is to be read.
 """

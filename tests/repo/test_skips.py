@@ -1,4 +1,4 @@
-"""In CI a skip is a failure, wherever it is said."""
+"""In CI a skip is a failure, wherever it is raised."""
 
 import os
 import subprocess

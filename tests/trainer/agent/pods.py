@@ -1,4 +1,4 @@
-"""Pods for tests: real agents, launchers and ranks, whose stage does what a script says."""
+"""Pods for tests: real agents, launchers and ranks, whose stage follows a script."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Evidence where it is hard to get, and within its bounds."""
+"""Evidence of a hang when it is hard to get, and its limits."""
 
 import os
 import subprocess

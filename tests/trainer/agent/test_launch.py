@@ -1,4 +1,4 @@
-"""How ranks are started, how their ends are told, and that nothing of them is left, whoever is killed."""
+"""How ranks start, how their ends are reported, and that none survives, whichever process is killed."""
 
 import json
 import signal

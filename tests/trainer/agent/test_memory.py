@@ -1,4 +1,4 @@
-"""The kernel's count of processes that it killed for want of memory, as both versions of control groups show it."""
+"""The kernel's count of OOM kills, as cgroup v1 and v2 show it."""
 
 import pytest
 

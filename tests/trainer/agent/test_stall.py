@@ -1,4 +1,4 @@
-"""Ranks that hang are found, looked into and killed; ranks that only take long are not.
+"""Hung ranks are found, diagnosed and killed; slow ones are not.
 
 ``onStall`` is short here: a step may take that long, anything else five times as long.
 """

@@ -1,4 +1,4 @@
-"""What becomes of ranks that are asked to stop: those that answer are waited for, the others are killed.
+"""Ranks that are asked to stop: those that answer get their time, the others are killed.
 
 The grace period is far longer than these tests wait, unless a test says otherwise.
 """

@@ -1,4 +1,4 @@
-"""Who is late, who does not answer, and which of the late ones the others wait for: tables."""
+"""Tables: which rank is late, which does not answer, and which one the others wait for."""
 
 import pytest
 

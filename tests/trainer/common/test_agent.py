@@ -1,4 +1,4 @@
-"""The agent before it has ranks: asked to stop, it stops, whatever it waits for."""
+"""The agent before it has ranks: it stops when asked to, whatever it is waiting for."""
 
 import signal
 import socket

@@ -1,4 +1,4 @@
-"""What ranks say on their slots is what the agent reads, from whatever process, and never half of it."""
+"""The agent reads from the board exactly what ranks wrote, from any process, and never half of it."""
 
 import multiprocessing
 import os

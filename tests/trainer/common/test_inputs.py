@@ -1,4 +1,4 @@
-"""Inputs on a node: fetched once, whatever ends in between, and never trusted after a change."""
+"""Inputs on a node: fetched once despite kills, and never trusted after a change."""
 
 import os
 import shutil

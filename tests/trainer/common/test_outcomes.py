@@ -1,4 +1,4 @@
-"""Which rank explains how a pod ended."""
+"""Which rank's outcome explains how a pod ended."""
 
 import pytest
 

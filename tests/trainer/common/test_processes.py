@@ -1,4 +1,4 @@
-"""Whole trees of processes end, whatever sessions they made and however fast they grow."""
+"""Process trees are killed completely, whatever their sessions and however fast they grow."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""One interface on a directory and on S3: the same cases on both."""
+"""One interface over a directory and S3: the same cases on both."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The corpus stage: what is dropped and why, repeats, and the same bytes from the same input however it is read."""
+"""The corpus stage: what is dropped and why, duplicates, and equal bytes for equal input however it is read."""
 
 import gzip
 import json

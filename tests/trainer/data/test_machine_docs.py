@@ -1,4 +1,4 @@
-"""Text that every installation has: four formats, bounded, the same twice, and English that a corpus stage keeps."""
+"""Text that every installation has: four formats, bounded, reproducible, and English that a corpus stage keeps."""
 
 import ast
 import gzip

@@ -1,4 +1,4 @@
-"""Each format is read, and each kind of damage is an error that names the place and says what to do."""
+"""Every format is read; every kind of damage is an error that names the place and the remedy."""
 
 import bz2
 import gzip
@@ -206,7 +206,7 @@ def test_a_file_that_is_no_archive_is_named(tmp_path):
     path = tmp_path / "a.warc"
     path.write_text("just text\n" * 20)
     assert f"{path}: record 1, at byte 0" in failure(path)
-    assert "is no WARC file" in failure(path)
+    assert "not a WARC file" in failure(path)
 
 
 def test_text_and_html_files_are_one_document_each(tmp_path):

@@ -1,4 +1,4 @@
-"""The shards stage: Megatron reads the same ids back, documents end where they should, and the manifest tells the truth."""
+"""The shards stage: Megatron reads back the same ids, documents end where they should, and the manifest is correct."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The order of samples: each once an epoch, another order each epoch, and nothing else moves it."""
+"""The sample order: each sample once per epoch, reshuffled every epoch, and independent of everything else."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A small real model as an export leaves it, and a deployment of it under the real agent."""
+"""A small real model as an export leaves it, deployed under the real agent."""
 
 import os
 import pydoc_data.topics

@@ -1,4 +1,4 @@
-"""What is started, where it listens and what it is called, without starting it."""
+"""The engine's command line, address and model name, without starting it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Children, ports and answers, one at a time: with programs that are quick to start."""
+"""Child processes, ports and answers, one at a time, with programs that start quickly."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A deployment under the real agent: the answers are the model's, and nothing outlives its end."""
+"""A deployment under the real agent: the answers are the model's, and no process outlives it."""
 
 import json
 import os

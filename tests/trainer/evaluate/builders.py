@@ -1,4 +1,4 @@
-"""A model that was trained a few real steps on real shards, and evaluations of it by any number of ranks."""
+"""A model trained for a few real steps on real shards, and evaluations of it by any number of ranks."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The numbers that the evaluate stage prints, and what it requires."""
+"""The numbers that the evaluate stage prints, and its requirements."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""The evaluate stage on a trained model and real shards: the figures are right, and what is printed agrees with itself."""
+"""The evaluate stage on a trained model and real shards: correct metrics, and a report that is consistent."""
 
 import json
 import math

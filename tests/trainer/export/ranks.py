@@ -1,4 +1,4 @@
-"""What a rank of a gang does for the export's tests; a module of its own, because ranks import it."""
+"""What ranks run in the export's tests; a separate module, because ranks import it."""
 
 from pathlib import Path
 

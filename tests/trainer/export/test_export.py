@@ -1,4 +1,4 @@
-"""The exported folder is the model that was trained: the same logits, the same words, the same perplexity."""
+"""The exported folder is the trained model: equal logits, text and perplexity."""
 
 import json
 import shutil

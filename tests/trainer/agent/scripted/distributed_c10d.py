@@ -1,4 +1,4 @@
-"""Named as torch's file: a stack with a frame in it is that of a rank that waits for others."""
+"""Named after torch's file: a stack with a frame in it looks like that of a rank in a collective."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Puts ``acts.py`` in the place of two stage kinds: pretrain, whose ranks are a gang, and corpus, which is a task."""
+"""Substitutes ``acts.py`` for two stage kinds: pretrain, whose ranks form a gang, and corpus, a task."""
 
 import importlib.util
 import sys
