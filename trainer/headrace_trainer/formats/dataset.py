@@ -4,7 +4,6 @@ In: the block, the shapes that the stage takes and an ``Encoder``. Out: a ``Data
 fixed: sources as listed, files by name, records as they stand.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -175,7 +174,7 @@ def load_dataset(
 
 def is_held_back(record: Record, *, fraction: float) -> bool:
     """Whether a record is kept for validation: decided by its content alone, so that copies are on the same side."""
-    content = dataclasses.asdict(dataclasses.replace(record, place=None))  # type: ignore[arg-type]
+    content = {name: value for name, value in vars(record).items() if name != "place"}
     digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str)).digest()
     return int.from_bytes(digest[:6], "big") / 2**48 < fraction
 
