@@ -4,6 +4,7 @@ In: the block, the shapes that the stage takes and an ``Encoder``. Out: a ``Data
 fixed: sources as listed, files by name, records as they stand.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ def load_dataset(
         if data.validation is not None and data.validation.uri is not None:
             held_out = data.validation
             found = find_source(held_out.uri or "", storage, field=f"{name}.validation.uri", format=held_out.format)
-            builder.read(found, validation, validation, held_back=0.0)
+            builder.read(found, train, validation, held_back=1.0)
     return _dataset(data, folder, tuple(shares), name=name, sources=builder.sources)
 
 
