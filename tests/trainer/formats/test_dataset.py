@@ -8,7 +8,7 @@ from headrace_api.run import Storage
 from headrace_api.stages.data import Data
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.chat import Encoder
-from headrace_trainer.formats.dataset import load_dataset
+from headrace_trainer.formats.dataset import Dataset, load_dataset
 from headrace_trainer.formats.packs import PackOrder
 from headrace_trainer.formats.preview import preview
 from headrace_trainer.formats.records import PAIR_SHAPES, SFT_SHAPES
@@ -75,7 +75,23 @@ def test_held_out_records_come_from_their_own_address(tmp_path, encoder):
     found = load(tmp_path, encoder, data)
     assert texts_of(encoder, found.validation) == ["It is 50<|im_end|>", "It is 51<|im_end|>"]
     assert len(found.train) == 3
-    assert found.report["sources"][1]["source"].startswith("sft.data.validation.uri: ")
+    held = found.report["sources"][1]
+    assert held["source"].startswith("sft.data.validation.uri: ")
+    assert (held["train"], held["validation"]) == (0, 2)
+
+
+def test_another_rank_opens_what_one_has_made(tmp_path, encoder):
+    data = {
+        "sources": [{"uri": str(chats(tmp_path / "a.jsonl", 0, 90)), "weight": 0.5}],
+        "validation": {"fraction": 0.2},
+    }
+    made = load(tmp_path, encoder, data)
+    made.save(tmp_path / "out")
+    opened = Dataset.open(tmp_path / "out")
+    assert opened.digest == made.digest
+    assert (opened.report, opened.train.lengths.tolist()) == (made.report, made.train.lengths.tolist())
+    assert [vars(s) for s in opened.shares] == [vars(s) for s in made.shares]
+    assert len(opened.validation) == len(made.validation) > 0
 
 
 def test_the_report_counts_what_was_bad_cut_dropped_and_left_out(tmp_path, encoder):

@@ -216,14 +216,29 @@ def test_the_most_telling_shape_that_the_stage_takes_is_chosen(tmp_path):
     assert [*kinds.values()] == [CompletionRecord, PairRecord, CompletionRecord, PromptRecord]
 
 
-def test_a_first_record_of_no_shape_that_the_stage_takes_is_an_error_that_says_which_it_takes(tmp_path):
-    path = write_records(tmp_path / "a.jsonl", {"instruction": "x", "output": "y"})
+@pytest.mark.parametrize("format", RecordFormat)
+def test_a_first_record_of_no_shape_that_the_stage_takes_is_an_error_that_says_which_it_takes(tmp_path, format):
+    path, row = tmp_path / f"a.{format}", {"prompt": "x", "output": "y"}
+    if format is RecordFormat.JSONL:
+        write_records(path, row)
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
     with pytest.raises(UserError) as caught:
         read_all(path)
     assert str(caught.value) == (
-        f"{path}:1: the first record has instruction, output; this stage takes prompt, completion; or messages; or text: "
+        f"{path}:1: the first record has output, prompt; this stage takes prompt, completion; or messages; or text: "
         "rename the fields"
     )
+
+
+def test_columns_that_no_shape_needs_are_not_read_from_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 1000, "embedding": pa.array([b"\0"] * 1000)}), path, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + 8] = bytes(8)
+    path.write_bytes(content)
+    assert len([r for r in read_all(path) if isinstance(r, TextRecord)]) == 1000
 
 
 COMPRESSORS = {

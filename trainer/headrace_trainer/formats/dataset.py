@@ -169,13 +169,13 @@ def load_dataset(
         if data.validation is not None and data.validation.uri is not None:
             held_out = data.validation
             found = find_source(held_out.uri or "", storage, field=f"{name}.validation.uri", format=held_out.format)
-            builder.read(found, validation, validation, held_back=0.0)
+            builder.read(found, train, validation, held_back=1.0)
     return _dataset(data, folder, tuple(shares), name=name, sources=builder.sources)
 
 
 def is_held_back(record: Record, *, fraction: float) -> bool:
     """Whether a record is kept for validation: decided by its content alone, so that copies are on the same side."""
-    content = dataclasses.asdict(dataclasses.replace(record, place=None))  # type: ignore[arg-type]
+    content = {name: value for name, value in vars(record).items() if name != "place"}
     digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str)).digest()
     return int.from_bytes(digest[:6], "big") / 2**48 < fraction
 

@@ -4,6 +4,7 @@ In: pieces, each trained on or not. Out: ``Document`` values. A piece is tokeniz
 that is asked has only the prompt's own tokens before it, and one token over the boundary would be seen in training alone.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +104,13 @@ class TextTokenizer:
         return next((token for token in self._added if before.endswith(token)), self._guard)
 
     def _document(self, text: Pieces, ids: list[list[int]]) -> Document:
-        tokens = [i for part in ids for i in part]
-        mask = [part.trained for part, of_part in zip(text.parts, ids, strict=True) for _ in of_part]
+        tokens = list(itertools.chain.from_iterable(ids))
+        trained = np.repeat([part.trained for part in text.parts], [len(of_part) for of_part in ids])
         if text.begin and tokens[: len(self._beginning)] != self._beginning:
-            tokens, mask = self._beginning + tokens, [False] * len(self._beginning) + mask
+            tokens = self._beginning + tokens
+            trained = np.concatenate([np.zeros(len(self._beginning), dtype=bool), trained])
         if text.end and tokens[-1:] != [self.eos_id]:
-            tokens, mask = [*tokens, self.eos_id], [*mask, True]
-        trained = np.array(mask, dtype=bool)
+            tokens, trained = [*tokens, self.eos_id], np.append(trained, True)
         trained[:1] = False
         return Document(tokens=np.array(tokens, dtype=np.int64), mask=trained)
 

@@ -4,7 +4,7 @@ A bad line costs itself. A block of a Parquet file that cannot be read costs the
 footer knows. Of a compressed file that is cut short nobody knows what is lost: that is an error, whatever the budget.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +27,7 @@ NumberedRow = tuple[Place, Row]
 
 
 def read_rows(
-    path: Path, format: RecordFormat, *, address: str, columns: Collection[str] | None
+    path: Path, format: RecordFormat, *, address: str, columns: Callable[[list[str]], list[str]]
 ) -> Iterator[NumberedRow | BadRecord]:
     """The rows of a file in its order.
 
@@ -35,7 +35,7 @@ def read_rows(
         path: the file on this machine.
         format: how it is read.
         address: what people call it.
-        columns: the columns that are wanted; None for all. JSON lines give them all.
+        columns: which of a Parquet file's columns are wanted. JSON lines give them all.
 
     Raises:
         UserError: the file is cut short, corrupt, or not of its format.
@@ -87,15 +87,16 @@ def _is_utf8(line: bytes) -> bool:
     return True
 
 
-def _read_parquet(path: Path, address: str, columns: Collection[str] | None) -> Iterator[NumberedRow | BadRecord]:
+def _read_parquet(
+    path: Path, address: str, columns: Callable[[list[str]], list[str]]
+) -> Iterator[NumberedRow | BadRecord]:
     try:
         table = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{address}: cannot be read as Parquet: {reason}; copy or write the file again") from error
     with table:
-        names = table.schema_arrow.names
-        wanted = names if columns is None else [name for name in names if name in columns]
+        wanted = columns(table.schema_arrow.names)
         first = 1
         for group in range(table.num_row_groups):
             num_rows = table.metadata.row_group(group).num_rows

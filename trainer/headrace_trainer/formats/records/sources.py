@@ -3,6 +3,7 @@
 In: an address. Out: records and ``BadRecord`` values. The first row that is an object decides the shape.
 """
 
+import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,7 @@ def read_records(
         UserError: a file is damaged, or the first record is of no allowed shape.
     """
     shape: Shape | None = None
-    # The prompts' other columns go to the rules that judge the answers.
-    columns = None if Shape.PROMPT in allowed else columns_read(allowed)
+    columns = functools.partial(_wanted, allowed=allowed)
     for file, format in source.files:
         with local_copy(file, storage, scratch=scratch) as path:
             for row in read_rows(path, format, address=file.address, columns=columns):
@@ -85,6 +85,15 @@ def read_records(
                     shape = shape or _first_shape(row, allowed)
                     yield _record(row, shape)
         board.beat()
+
+
+def _wanted(names: list[str], *, allowed: Collection[Shape]) -> list[str]:
+    """The columns of a file that are read: all where prompts are, since the rules that judge answers take the others, and
+    all where no shape fits, since the error lists them.
+    """
+    if Shape.PROMPT in allowed or not any(set(shape.columns) <= set(names) for shape in allowed):
+        return names
+    return [name for name in names if name in columns_read(allowed)]
 
 
 def _first_shape(row: NumberedRow, allowed: Collection[Shape]) -> Shape:
