@@ -16,7 +16,9 @@ LENGTHS = (5, 11, 9)
 
 def document(seed: int, length: int) -> Document:
     rng = np.random.default_rng(seed)
-    return Document(tokens=rng.integers(0, VOCAB, length), mask=rng.random(length) < 0.7)
+    tokens, mask = rng.integers(0, VOCAB, length), rng.random(length) < 0.7
+    mask[:1] = False  # nothing comes before it
+    return Document(tokens=tokens, mask=mask)
 
 
 def packs() -> list[Pack]:
@@ -177,8 +179,8 @@ def collated(rank: int, world: int) -> dict[str, Any]:
             collate(Pack(documents=tuple(document(1, n) for n in lengths)), length=7, device=torch.device("cpu"))
         return str(said.value)
 
-    first = Document(tokens=np.array([5, 6, 7]), mask=np.array([True, False, True]))
-    second = Document(tokens=np.array([8, 9]), mask=np.array([True, True]))
+    first = Document(tokens=np.array([5, 6, 7]), mask=np.array([False, False, True]))
+    second = Document(tokens=np.array([8, 9]), mask=np.array([False, True]))
     batch = collate(Pack(documents=(first, second)), length=7, device=torch.device("cpu"))
     values_1T = torch.tensor([[1.0, 2, 4, 8, 16, 32, 64]])
     return {
