@@ -9,7 +9,7 @@ from headrace_api.contract import Progress, ProgressReport
 from headrace_api.errors import ManifestError
 from headrace_operator.body.apply import StatusChange, status_change
 from headrace_operator.body.caches import ProgressBook
-from headrace_operator.body.pace import Pace
+from headrace_operator.body.pace import PROGRESS_WRITES_PER_SECOND, Pace
 from headrace_operator.body.reconcile import is_complete, refused_status
 from headrace_operator.body.records import PodRecord, pod_record
 from headrace_operator.progress import PodIdentity, Refusal, check, identity
@@ -116,7 +116,7 @@ def test_the_progress_of_thousands_of_runs_is_written_at_a_rate_that_does_not_gr
             if pace.seconds_to_turn(f"run {i}", now=now) == 0:
                 pace.written(f"run {i}", now=now)
                 writes += 1
-    assert 40 < writes / now <= 51
+    assert 0.8 * PROGRESS_WRITES_PER_SECOND < writes / now <= PROGRESS_WRITES_PER_SECOND + 1
 
 
 @pytest.mark.parametrize(

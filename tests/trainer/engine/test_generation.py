@@ -43,7 +43,7 @@ def all_ways(rank: int, world: int, layout: dict[str, int]) -> dict[str, Any]:
 
         def pack(prompt: list[int], completion: list[int]) -> Any:
             ids = np.array(prompt + completion)
-            document = Document(tokens=ids, mask=np.ones(len(ids), bool))
+            document = Document(tokens=ids, mask=np.arange(len(ids)) > 0)
             return collate(Pack(documents=(document,)), length=LENGTH, device=ranks.device)
 
         def recomputed(completions: Any, *, temperature: float) -> float:

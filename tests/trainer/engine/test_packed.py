@@ -17,7 +17,7 @@ LENGTHS = (5, 11, 9)
 def document(seed: int, length: int) -> Document:
     rng = np.random.default_rng(seed)
     tokens, mask = rng.integers(0, VOCAB, length), rng.random(length) < 0.7
-    mask[:1] = False
+    mask[:1] = False  # nothing comes before it
     return Document(tokens=tokens, mask=mask)
 
 

@@ -154,13 +154,16 @@ class CachingSelfAttention(SelfAttention):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """Add keys and values [S, B, G, D] to the cache, and give all that are in it; queries are still to be rotated."""
+        """Rotate queries and keys, add keys and values [S, B, G, D] to the cache, and give all that are in it."""
         if inference_context is None:
             return query, key, value, rotary_pos_emb, self.attn_mask_type, None
         begin = inference_context.sequence_len_offset
         end = begin + key.size(0)
-        q_angles, k_angles = (angles[begin:end] for angles in rotary_pos_emb)
-        key = apply_rotary_pos_emb(key, k_angles, config=self.config, cp_group=self.pg_collection.cp)
+        # Both at once: where a batch adds one position, what counts is the number of operations.
+        both = torch.cat((query, key), dim=2)
+        angles = rotary_pos_emb[0][begin:end]
+        both = apply_rotary_pos_emb(both, angles, config=self.config, cp_group=self.pg_collection.cp)
+        query, key = both.split((query.size(2), key.size(2)), dim=2)
         cache = inference_context.key_value_memory_dict
         if self.layer_number not in cache:
             shape = (*key.shape[1:3], inference_context.max_sequence_length, key.size(3))
@@ -169,7 +172,7 @@ class CachingSelfAttention(SelfAttention):  # type: ignore[misc]
             memory_BGSD[:, :, begin:end] = new.permute(1, 2, 0, 3)
         keys, values = (memory[:, :, :end].permute(2, 0, 1, 3) for memory in cache[self.layer_number])
         mask_type = AttnMaskType.no_mask if begin else self.attn_mask_type
-        return query, keys, values, (q_angles, None), mask_type, None
+        return query, keys, values, None, mask_type, None
 
 
 def _lengths(packs: PackedSeqParams) -> list[int]:
