@@ -131,6 +131,7 @@ def test_a_server_is_suspended_with_nothing_left_of_what_it_did_or_waited_for():
     it.change(suspend=True)
     it.step()
     assert (it.state("serve"), it.status("serve").retry_at) == (StageState.SUSPENDED, None)
+    assert ("serve", 3) in it.stopped(), "its Deployment would start it again and again"
 
 
 @pytest.mark.parametrize("made_again", [False, True], ids=["while all is done", "while its model is made again"])
