@@ -81,6 +81,28 @@ def test_activations_of_one_rank() -> None:
     assert memory(ONE).activations == 2048 * (32 * layer + loss)
 
 
+@pytest.mark.parametrize(
+    ("precision", "norm", "width"), [(Precision.FP32, 12 * 4096, 4), (Precision.BF16, 10 * 4096, 2)]
+)
+def test_plain_kernels_keep_more(precision: Precision, norm: int, width: int) -> None:
+    # Norms keep their input in fp32, what they normalized, and their output; SwiGLU keeps two tensors more.
+    layer = 2 * norm + width * (4096 + 2 * 4096 + 2 * 4096 + 4096 + 5 * 11008)
+    loss = norm + 4 * 32_768
+    assert memory(ONE, precision=precision, fused=False).activations == 2048 * (32 * layer + loss)
+
+
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("axes", [ONE, SHARDED])
+def test_bytes_are_whole(axes: Layout, precision: Precision) -> None:
+    found = memory(axes, precision=precision, num_micro_batches=8)
+    assert [type(n) for n in (found.weights, found.gradients, found.optimizer, found.activations)] == [int] * 4
+
+
+def test_tied_embeddings_are_counted_once() -> None:
+    tied = LLAMA_7B.model_copy(update={"tie_embeddings": True})
+    assert LLAMA_7B.num_parameters(VOCAB) - tied.num_parameters(VOCAB) == VOCAB * 4096
+
+
 def test_the_first_of_two_stages_holds_two_micro_batches() -> None:
     layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
     assert memory(SHARDED, num_micro_batches=8).activations == 2 * 2048 * 16 * layer
@@ -116,6 +138,7 @@ def test_the_estimate_of_a_stage_is_that_of_its_fullest_rank() -> None:
     assert estimate.parameters == 6_738_415_616  # as published, with the vocabulary unpadded
     assert estimate.data_ranks == 8
     assert estimate.tokens_per_parameter == 489 * 2048 / 6_738_415_616  # 1M tokens in whole steps
+    assert type(estimate.activation_bytes_per_rank) is int
     assert estimate.state_bytes_per_rank == 6 * FIRST_OF_TWO + 12 * FIRST_OF_TWO // 8 == 6_323_896_320
     layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
     assert estimate.activation_bytes_per_rank == 2 * 128 * 16 * layer  # two micro-batches of 128 tokens

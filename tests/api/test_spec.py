@@ -5,14 +5,14 @@ import json
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from builders import STAGES, make_run, succeeded
+from builders import STAGES, make_run, manifest, succeeded
 from headrace_api.artifact import Artifact, ArtifactFile, canonical_digest, resume_identity, stage_hash
 from headrace_api.base import Cadence, Figures, Quantity, parse_duration
 from headrace_api.contract import ResolvedStage, join_uri
 from headrace_api.faults import ExitCode, FaultClass, Outcome, classify, most_telling
 from headrace_api.model import PRESETS, padded_vocab
 from headrace_api.planning import estimate_pretrain
-from headrace_api.run import TrainingRun
+from headrace_api.run import TrainingRun, as_object
 from headrace_api.stages import KINDS, Pretrain
 from headrace_api.stages.evaluate import meets
 
@@ -108,6 +108,7 @@ def test_a_run_survives_a_round_trip():
     run = make_run()
     assert TrainingRun.model_validate(run.dump()) == run
     assert TrainingRun.model_validate(json.loads(run.model_dump_json(by_alias=True))) == run
+    assert as_object(run) == {k: v for k, v in run.dump().items() if k in manifest()}, "without its status"
 
 
 def test_what_a_pod_reads_is_what_the_planner_wrote():

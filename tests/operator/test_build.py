@@ -76,7 +76,9 @@ def test_pods_find_the_first_of_them_through_the_headless_service() -> None:
 def test_the_config_map_holds_the_stage_as_the_trainer_parses_it() -> None:
     resolved = resolve()
     config = next(o for o in build(resolved, runtime()).dependents if o["kind"] == "ConfigMap")
-    assert ResolvedStage.model_validate(json.loads(config["data"]["stage.json"])) == resolved
+    told = json.loads(config["data"]["stage.json"])
+    assert ResolvedStage.model_validate(told) == resolved
+    assert told == resolved.dump(), "by the manifest's names, and without what is unset"
 
 
 def test_each_attempt_has_a_config_map_of_its_own_that_nobody_can_change() -> None:

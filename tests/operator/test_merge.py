@@ -44,6 +44,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"tolerations": [{"key": "a"}, {"key": "b"}]},
         {"tolerations": [{"key": "a"}, {"key": "b"}]},
     ),
+    ("a block is replaced by what is none", {"a": {"x": 1}}, {"a": "y"}, {"a": "y"}),
+    ("what is no block is replaced by one", {"a": "y"}, {"a": {"x": 1}}, {"a": {"x": 1}}),
+    ("a list is replaced by what is none", {"env": [{"name": "A"}]}, {"env": None}, {"env": None}),
+    ("what is no list is replaced by one", {"env": "none"}, {"env": [{"name": "A"}]}, {"env": [{"name": "A"}]}),
     ("other lists are replaced", {"args": ["a", "b"]}, {"args": ["c"]}, {"args": ["c"]}),
     ("lists of nameless dicts are replaced", {"terms": [{"x": 1}]}, {"terms": [{"y": 2}]}, {"terms": [{"y": 2}]}),
 ]

@@ -290,6 +290,12 @@ DEPLOYMENTS: list[tuple[str, Json, Json]] = [
         {"status conditions 1": {"type": "Progressing", "reason": "ProgressDeadlineExceeded"}},
         {},
     ),
+    ("may make no pods, and nobody says why", {"status conditions 2": {"type": "ReplicaFailure", "status": "True"}}, {}),
+    (
+        "has no pods of its own yet",
+        {"status": {"observedGeneration": 5, "replicas": 1}},
+        {"updated": 0, "old": 1, "available_since": None},
+    ),
     ("may make no pods", {"status conditions 2 status": "True"}, {"refused": "not now"}),
     (
         "has seen an older spec only",

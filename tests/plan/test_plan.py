@@ -214,9 +214,23 @@ def test_suspending_and_resuming_a_failed_run_gives_it_fresh_budgets():
     it.change(suspend=True)
     it.step()
     assert not it.run.status.condition(ConditionType.FAILED)
+    assert it.status("corpus").finished_at is None
     it.change(suspend=False)
     it.step()
     assert it.started() == [("corpus", 2)]
+
+
+def test_what_waits_to_restart_is_suspended_and_begins_at_once_when_resumed():
+    it = body("corpus")
+    for _ in range(2):
+        it.end(failed(FaultClass.POD))
+    assert it.run.status.summary == "Restarting"
+    it.change(suspend=True)
+    it.step()
+    assert (it.state("corpus"), it.status("corpus").retry_at) == (StageState.SUSPENDED, None)
+    it.change(suspend=False)
+    it.step()
+    assert it.started() == [("corpus", 3)]
 
 
 def test_deleting_a_run_stops_everything_and_starts_nothing():

@@ -115,6 +115,25 @@ def test_a_new_server_that_cannot_start_takes_no_old_one_down():
     assert ("serve", 1) in it.stopped()
 
 
+def test_a_server_is_suspended_with_nothing_left_of_what_it_did_or_waited_for():
+    it = serving(restartPolicy={"maxInfraRestarts": 5})
+    it.change(suspend=True)
+    it.step()
+    assert it.run.status.phase_message == "Stopping: attempt 1 saves and ends, as suspend asks"
+    it.end(failed(FaultClass.STOPPED))
+    status = it.status("serve")
+    assert (status.state, status.finished_at, status.endpoint) == (StageState.SUSPENDED, None, None)
+    it.change(suspend=False)
+    it.step()
+    for _ in range(2):
+        it.end(failed(FaultClass.PROCESS))
+    assert it.started() == [] and it.status("serve").retry_at is not None
+    it.change(suspend=True)
+    it.step()
+    assert (it.state("serve"), it.status("serve").retry_at) == (StageState.SUSPENDED, None)
+    assert ("serve", 3) in it.stopped(), "its Deployment would start it again and again"
+
+
 @pytest.mark.parametrize("made_again", [False, True], ids=["while all is done", "while its model is made again"])
 def test_suspending_takes_a_server_down_and_resuming_brings_it_back(made_again):
     it = serving()

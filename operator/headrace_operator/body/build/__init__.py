@@ -51,7 +51,7 @@ def build(resolved: ResolvedStage, runtime: TrainingRuntime) -> Objects:
         workload, service = job(resolved, pool), headless_service(resolved)
         return Objects(account=account, workload=workload, config=config, service=service)
     workload, service = deployment(resolved, pool), cluster_service(resolved)
-    asked = [resolved.digest, resolved.attempt, pool.model_dump(mode="json", exclude_defaults=True)]
+    asked = [resolved.digest, resolved.attempt, pool.model_dump(exclude_defaults=True)]
     workload["metadata"]["annotations"][DIGEST_ANNOTATION] = canonical_digest(asked)
     return Objects(account=account, workload=workload, config=config, service=service, scale=scale(resolved))
 
