@@ -53,7 +53,7 @@ QUIET_STEPS = 3
 """Steps before a save, and after it, that say how long a step is without one."""
 
 ARCHITECTURES = {
-    "30M": (Architecture(layers=7, hidden_size=512, heads=8, kv_heads=8, ffn_hidden_size=1376), 8000),
+    "30M": (Architecture(layers=8, hidden_size=512, heads=8, kv_heads=8, ffn_hidden_size=1152), 8000),
     "120M": (Architecture(layers=12, hidden_size=768, heads=12, kv_heads=12, ffn_hidden_size=2048), 23_000),
 }
 LAYOUTS = {
