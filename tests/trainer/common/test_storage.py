@@ -128,7 +128,7 @@ def test_a_store_that_does_not_answer_says_what_to_check(monkeypatch):
 
 @pytest.mark.parametrize("uri", [None, "gs://bucket/x"])
 def test_addresses_of_no_known_kind(uri):
-    with pytest.raises(UserError, match="storage"):
+    with pytest.raises(UserError, match="write s3://bucket/prefix or a directory"):
         open_store(Storage.model_construct(uri=uri))
 
 

@@ -135,7 +135,7 @@ def test_a_shard_that_is_gone_is_named(copy):
 
 
 def test_a_folder_without_a_manifest_is_named(tmp_path):
-    with pytest.raises(StorageError, match=r"manifest.json: cannot be read"):
+    with pytest.raises(StorageError, match=r"manifest.json: unreadable"):
         TokenDataset(tmp_path, "train", T, seed=7)
 
 
