@@ -97,14 +97,19 @@ def reward(task: dict[str, Any]) -> RewardTrainer:
 
     rows = [{"chosen_ids": c["tokens"], "rejected_ids": r["tokens"]} for c, r in task["examples"]]
     model = AutoModelForSequenceClassification.from_pretrained(task["model"], num_labels=1)
-    model.config.pad_token_id = model.config.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    # Not the end-of-document token: the score is that of the last token that is no padding.
+    tokenizer.pad_token = "<|im_start|>"
+    model.config.pad_token_id = tokenizer.pad_token_id
     with torch.no_grad():
         model.score.weight.copy_(torch.tensor(task["head"]))
     return _Reward(
         model=model,
-        args=RewardConfig(**settings(task, task["folder"]), center_rewards_coefficient=0.01),
+        args=RewardConfig(
+            **settings(task, task["folder"]), center_rewards_coefficient=0.01, pad_token=tokenizer.pad_token
+        ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(task["model"]),
+        processing_class=tokenizer,
     )
 
 
