@@ -256,7 +256,7 @@ def test_compressed_lines_are_read_and_a_file_cut_short_is_an_error_of_the_user(
     path.write_bytes(COMPRESSORS[suffix](lines))
     assert len(read_all(path)) == 500
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="cut short or corrupt near byte"):
+    with pytest.raises(UserError, match="truncated or corrupt near byte"):
         read_all(path)
 
 
@@ -373,7 +373,7 @@ def test_a_name_that_looks_like_a_pattern_is_taken_as_it_is_where_it_is_there(tm
 @pytest.mark.parametrize("name", ["none.jsonl", "none/*.jsonl", "*.none", "[.jsonl"])
 def test_a_source_that_is_not_there_is_named_by_its_field(tmp_path, name):
     write_records(tmp_path / "a.jsonl", TEXT)
-    with pytest.raises(UserError, match=r"sft.data.sources\[0\].uri: .*no file and no folder with files is there"):
+    with pytest.raises(UserError, match=r"sft.data.sources\[0\].uri: .*no file, and no folder with files"):
         read_all(tmp_path / name)
 
 

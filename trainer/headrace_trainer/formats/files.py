@@ -24,13 +24,13 @@ class StoredFile:
     """A file below an address."""
 
     root: str
-    """The address that ``key`` is relative to."""
+    """The URI that ``key`` is relative to."""
     key: str
     bytes: int
 
     @property
     def address(self) -> str:
-        """What people call the file."""
+        """The file's name for people."""
         return f"{self.root.rstrip('/')}/{self.key}"
 
 
@@ -57,14 +57,14 @@ def list_files(uri: str, storage: Storage, *, field: str) -> list[StoredFile]:
     visible = sorted((o for o in objects if not _is_hidden(o.key)), key=lambda o: o.key)
     if not visible:
         raise UserError(
-            f"{field}: {uri!r}: no file and no folder with files is there; "
-            "check the address (names that begin with . or _ are not read)"
+            f"{field}: {uri!r}: no file, and no folder with files; "
+            "check the address (names that start with . or _ are ignored)"
         )
     return [StoredFile(root=root, key=o.key, bytes=o.bytes) for o in visible]
 
 
 def _listing(uri: str, storage: Storage) -> tuple[str, list[ObjectInfo]]:
-    """A root and the objects below it: ``uri`` as a folder, else its parent with the one file that ``uri`` names."""
+    """A root and the objects below it: ``uri`` as a folder, else its parent with just the file that ``uri`` names."""
     objects = open_uri(uri, storage).list()
     if objects:
         return uri, objects
@@ -109,13 +109,13 @@ def _as_regex_piece(piece: str) -> str:
 
 
 def _is_hidden(key: str) -> bool:
-    """Marker files such as ``_SUCCESS`` and ``.DS_Store``, and whole folders named so."""
+    """Marker files such as ``_SUCCESS`` and ``.DS_Store``, and anything in folders named like them."""
     return any(part.startswith((".", "_")) for part in PurePosixPath(key).parts)
 
 
 @contextmanager
 def local_copy(file: StoredFile, storage: Storage, *, scratch: Path) -> Iterator[Path]:
-    """The file's path on this machine; a copy in ``scratch`` that is removed afterwards where it is in S3."""
+    """The file's local path. A file in S3 is copied to ``scratch``, and removed afterwards."""
     store = open_uri(file.root, storage)
     path = store.local_path(file.key)
     if path is not None:
