@@ -8,8 +8,7 @@ neither the rest of its batch nor the layout changes what it draws.
 Shapes: B sequences that are not finished, S positions of one pass, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,11 @@ import torch.distributed as dist
 from headrace_trainer.engine.device import send
 from headrace_trainer.engine.device.megatron import (
     MegatronModule,
-    SelfAttention,
     StaticInferenceContext,
     get_attr_wrapped_model,
     parallel_state,
 )
-from headrace_trainer.engine.model.attention import CausalAttention
+from headrace_trainer.engine.model.inference import ready_to_generate
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.sampling import Sampling, choose, uniform_draws
 
@@ -68,7 +66,7 @@ def generate(model: MegatronModule, prompts: Sequence[Prompt], sampling: Samplin
     """
     if empty := [prompt.id for prompt in prompts if len(prompt.tokens) == 0]:
         raise ValueError(f"prompt {empty[0]!r}: it has no tokens: begin it with the tokenizer's first token")
-    with _as_for_inference(model):
+    with ready_to_generate(model):
         batch = _Batch(model, prompts, sampling, gang)
         while batch.rows:
             batch.advance()
@@ -187,40 +185,3 @@ class _Stage:
             return output[:, -1, : self._vocab_size]  # type: ignore[no-any-return]
         dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
         return None
-
-
-_SPLITS_SEQUENCE = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-
-
-@contextmanager
-def _as_for_inference(model: MegatronModule) -> Iterator[None]:
-    """The model without dropout, without sequence parallelism, which cannot split one position, and with attention that
-    takes a mask and cached keys; as it was, once the block ends."""
-    was_training = model.training
-    holders = [model.config, *model.modules()]
-    splits = [(holder, name) for holder in holders for name in _SPLITS_SEQUENCE if getattr(holder, name, None) is True]
-    attentions = [(layer, layer.core_attention) for layer in model.modules() if isinstance(layer, SelfAttention)]
-    model.eval()
-    for holder, name in splits:
-        setattr(holder, name, False)
-    for layer, core in attentions:
-        layer.core_attention = core if isinstance(core, CausalAttention) else _attention(layer)
-    try:
-        yield
-    finally:
-        for holder, name in splits:
-            setattr(holder, name, True)
-        for layer, core in attentions:
-            layer.core_attention = core
-        model.train(was_training)
-
-
-def _attention(layer: SelfAttention) -> CausalAttention:
-    """For a layer whose own attention, Transformer Engine's, would pay no heed to a mask: there are no weights in it."""
-    return CausalAttention(
-        layer.config,
-        attn_mask_type=layer.attn_mask_type,
-        attention_type=layer.attention_type,
-        attention_dropout=0.0,
-        softmax_scale=layer.config.softmax_scale,
-    )
