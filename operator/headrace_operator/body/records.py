@@ -192,7 +192,7 @@ def _controller(meta: Raw) -> Raw:
 
 def _deployment_of(meta: Raw) -> str:
     """The Deployment's name, from its ReplicaSet's: the name, a hyphen and the pod-template-hash."""
-    owner, tail = _controller(meta), f"-{meta['labels'].get(_TEMPLATE_HASH_LABEL, '')}"
+    owner, tail = _controller(meta), f"-{meta['labels'].get(_TEMPLATE_HASH_LABEL)}"
     named = owner.get("kind") == "ReplicaSet" and owner["name"].endswith(tail)
     return str(owner["name"].removesuffix(tail)) if named else ""
 
@@ -212,9 +212,9 @@ def _http_port(raw: Raw) -> int:
 
 def _disruption(raw: Raw, ended: Raw) -> str:
     """What disrupted the pod. Plain exits, and deletion by its own Job, are not disruptions."""
-    target = _true_conditions(raw).get("DisruptionTarget", {}).get("reason", "")
-    said = raw.get("status", {}).get("reason", "") or ended.get("reason", "")
-    return target or ("" if said in ("Completed", "Error") else said)
+    target = _true_conditions(raw).get("DisruptionTarget", {}).get("reason")
+    said = raw.get("status", {}).get("reason") or ended.get("reason", "")
+    return str(target or ("" if said in ("Completed", "Error") else said))
 
 
 def _held(raw: Raw, waiting: Raw) -> Held | None:
