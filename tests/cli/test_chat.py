@@ -197,7 +197,7 @@ def test_a_model_without_a_template_is_not_talked_to(tmp_path, files, is_told):
     if not is_told:
         check_template(server, name="demo")
         return
-    with pytest.raises(Problem, match="no chat template.*`headrace ask demo PROMPT`, or add an sft stage"):
+    with pytest.raises(Problem, match=r"no chat template.*`headrace ask demo PROMPT`, or add an sft stage"):
         check_template(server, name="demo")
 
 
