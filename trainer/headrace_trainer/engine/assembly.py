@@ -109,7 +109,7 @@ def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
     if gang.is_first:
         write_card(card, output)
         (output / HISTORY_FILE).write_text(loop.history.dumps())
-        # Imported here: one rank in a gang draws.
+        # Imported here: only one rank draws.
         from headrace_trainer.formats.pictures import PICTURE_FILE, draw_history
 
         draw_history(output / HISTORY_FILE, name=loop.config.KIND, out=output / PICTURE_FILE)

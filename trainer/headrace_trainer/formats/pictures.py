@@ -1,6 +1,6 @@
-"""Pictures of a training: the loss and every other figure that its objective measured, over steps.
+"""Plots of a training run: the loss and every other figure of the objective, over steps.
 
-In: ``history.jsonl``. Out: a PNG, the same from the same history. What belongs on one scale shares a panel.
+In: ``history.jsonl``. Out: a PNG; the same history gives the same bytes. Figures on the same scale share a panel.
 """
 
 import json
@@ -20,7 +20,7 @@ PICTURE_FILE = "history.png"
 TRAINING, HELD_OUT = "#2a78b5", "#c8502d"
 _SECOND = "#7a5195"
 _SMOOTHED_FROM = 150
-"""Points above which single steps are noise, and their running mean is drawn over them."""
+"""From this many points on, the running mean is drawn over the noise."""
 _COLUMNS = 2
 _NO_FIGURES = frozenset({"step", "loss_hex", "lr", "tokens", "skipped", "rolled_back"})
 _HELD_OUT_PREFIX = "validation_"
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Panel:
-    """Figures on one scale."""
+    """Figures that share a scale."""
 
     title: str
     figures: tuple[str, ...]
@@ -43,24 +43,24 @@ _PANELS = (
     Panel("implicit reward", ("rewards/chosen", "rewards/rejected")),
     Panel("log-probability, nats an answer", ("logps/chosen", "logps/rejected")),
 )
-"""What belongs together, by the names that objectives give; any other figure has a panel of its own."""
+"""Panels by the names of the objectives' figures. Any other figure gets its own panel."""
 
 
 def draw_history(history: Path, *, name: str, out: Path) -> None:
-    """Draw the history of a stage that trained.
+    """Plot the history of a training stage.
 
     Args:
         history: ``history.jsonl``.
-        name: what was trained.
-        out: where the picture goes.
+        name: the stage's kind.
+        out: the file to write.
     """
     records = [json.loads(line) for line in history.read_text().splitlines()]
-    # The same picture from every version of matplotlib.
+    # No metadata: it would hold matplotlib's version.
     history_figure(records, name=name).savefig(out, metadata={"Software": None})
 
 
 def history_figure(records: Sequence[Record], *, name: str) -> Figure:
-    """A panel for each kind of figure in the records of steps."""
+    """One panel per kind of figure in the records."""
     panels = panels_of(records)
     rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(4.6 * min(len(panels), _COLUMNS), 3.1 * rows), dpi=130, layout="constrained")
@@ -73,7 +73,7 @@ def history_figure(records: Sequence[Record], *, name: str) -> Figure:
 
 
 def panels_of(records: Sequence[Record]) -> list[Panel]:
-    """The panels that the records fill, known ones first."""
+    """The panels that the records have figures for, known ones first."""
     found = {key for record in records for key in record if key not in _NO_FIGURES}
     found = {key.removeprefix(_HELD_OUT_PREFIX) for key in found}
     known = [Panel(p.title, tuple(f for f in p.figures if f in found)) for p in _PANELS]
@@ -97,8 +97,8 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
 def draw_training(
     axes: Axes, records: Iterable[Record], *, figure: str = "loss", label: str = "training", color: str = TRAINING
 ) -> None:
-    """A figure of every step; of many steps its running mean too."""
-    records = [r for r in records if figure in r]  # a step that was skipped has none
+    """Plot a figure over steps, with its running mean if there are many."""
+    records = [r for r in records if figure in r]  # a skipped step has none
     steps, values = (np.array([r[key] for r in records]) for key in ("step", figure))
     if len(records) < _SMOOTHED_FROM:
         axes.plot(steps, values, color=color, lw=1.2, label=label)
@@ -110,7 +110,7 @@ def draw_training(
 
 
 def draw_held_out(axes: Axes, records: Iterable[Record], *, figure: str = "loss", label: str) -> None:
-    """A figure of the samples that are not trained on, wherever it was measured."""
+    """Plot a figure of the validation samples at the steps where it was measured."""
     key = f"{_HELD_OUT_PREFIX}{figure}"
     if measured := [(r["step"], r[key]) for r in records if key in r]:
         axes.plot(*zip(*measured, strict=True), "o-", color=HELD_OUT, ms=4, lw=1.2, label=label)
