@@ -168,11 +168,16 @@ def _conclude(finished: TrainingRun, status: RunStatus) -> NoReturn:
 
 
 def _print_results(finished: TrainingRun) -> None:
+    kinds = {stage.name: stage.kind for stage in finished.spec.stages}
     for stage, status in zip(finished.spec.stages, finished.status.stages, strict=True):
-        if stage.kind == "evaluate" and status.artifact is not None:
-            out.print(f"Loss curve  {status.artifact.uri}/loss_curve.png", soft_wrap=True)
-        if stage.kind == "export" and status.artifact is not None:
-            out.print(f"Model       {status.artifact.uri}", soft_wrap=True)
+        uri = status.artifact.uri if status.artifact is not None else None
+        if uri is not None and stage.training is not None:
+            out.print(f"History     {uri}/history.png", soft_wrap=True)
+        # Only a base model's history is of text, and has a curve beside the unigram baseline.
+        if uri is not None and stage.evaluate is not None and kinds[stage.evaluate.from_.model] == "pretrain":
+            out.print(f"Loss curve  {uri}/loss_curve.png", soft_wrap=True)
+        if uri is not None and stage.kind == "export":
+            out.print(f"Model       {uri}", soft_wrap=True)
         if status.endpoint is not None:
             out.print(
                 f"Endpoint    {status.endpoint}  (to stop it: headrace stop {finished.metadata.name})", soft_wrap=True

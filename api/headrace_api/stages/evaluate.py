@@ -101,7 +101,7 @@ class Evaluate(StageConfig):
         names = [questions.name for questions in self.exact_match]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise FieldError("exactMatch", twice, "is used twice; names are unique in a stage")
+            raise FieldError("exactMatch", twice, "is used twice; names must be unique in a stage")
         return self
 
     @model_validator(mode="after")
