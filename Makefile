@@ -3,7 +3,7 @@ BIN := .venv/bin
 HOME_DIR ?= .headrace
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-unit test-trainer test-gpu test-local test-cluster mutants crds lock cluster-build cluster-up cluster-down clean
+.PHONY: help setup demo assistant test lint test-unit test-trainer test-gpu test-local test-cluster mutants crds lock cluster-build cluster-up cluster-down clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -13,6 +13,9 @@ setup: ## Create .venv with the pinned dependencies
 
 demo: setup ## Train, evaluate, export and serve a small model from the text on this machine
 	@sh scripts/demo.sh $(HOME_DIR)
+
+assistant: setup ## Train a model to chat and to answer as preferred, evaluate and serve it, all on this machine
+	@sh scripts/assistant.sh $(HOME_DIR)
 
 test: setup ## Run every tier below, including the cluster
 	@sh scripts/test.sh

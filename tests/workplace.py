@@ -82,12 +82,19 @@ class Workplace:
         for name, text in pydoc_data.topics.topics.items():
             (raw / f"{name.replace('/', '-')}.txt").write_text(text * repeat)
 
-    def manifest(self, *stages: str, edit: Callable[[dict[str, Any]], None] | None = None, **spec: Any) -> Path:
-        """Write a manifest with the named stages; ``edit`` changes them by name.
+    def manifest(
+        self,
+        *names: str,
+        stages: dict[str, dict[str, Any]] | None = None,
+        edit: Callable[[dict[str, Any]], None] | None = None,
+        **spec: Any,
+    ) -> Path:
+        """Write a manifest with the named stages, then ``stages``; ``edit`` changes them by name.
 
         A name may have a suffix: ``base-killed`` is the stage ``base`` under another name.
         """
-        named = {n: {"name": n, **copy.deepcopy(STAGES[n.partition("-")[0]])} for n in stages}
+        named = {n: {"name": n, **copy.deepcopy(STAGES[n.partition("-")[0]])} for n in names}
+        named |= {n: {"name": n, **copy.deepcopy(stage)} for n, stage in (stages or {}).items()}
         if edit is not None:
             edit(named)
         spec = {"restartPolicy": {"maxInfraRestarts": 0}, **spec, "stages": list(named.values())}
@@ -206,6 +213,17 @@ class Terminal:
                     self._chunks.append(os.read(self._controller, 65536))
                 except OSError:
                     return  # the other side is closed
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._controller, text.encode())
+
+    def wait_for(self, text: str, *, times: int = 1, seconds: float = 120) -> None:
+        """Wait until a text was shown that often."""
+        deadline = time.monotonic() + seconds
+        while b"".join(self._chunks).decode(errors="replace").count(text) < times:
+            assert time.monotonic() < deadline, b"".join(self._chunks).decode(errors="replace")[-2000:]
+            time.sleep(0.05)
 
     def hang_up(self) -> None:
         """Close the terminal."""

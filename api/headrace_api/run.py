@@ -65,6 +65,11 @@ class RunSpec(Spec):
             for kind, config in KINDS.items()
             if issubclass(config, Finetune)
         ),
+        rule(
+            "self.stages.all(s, !has(s.evaluate) || !has(s.evaluate.exactMatch) || "
+            f"s.evaluate.exactMatch.all(q, {cel_is_absolute('q.uri')}))",
+            f"evaluate.exactMatch.uri {RELATIVE}",
+        ),
         *reference_rules(),
     )
 

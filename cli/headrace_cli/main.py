@@ -17,8 +17,8 @@ from rich.console import Console, RenderableType
 
 from headrace_api.errors import ManifestError, load_run
 from headrace_api.run import ConditionType, RunStatus, StageState, TrainingRun
-from headrace_cli import forecast, machine, view
-from headrace_cli.ask import ask, find_server
+from headrace_cli import chat, forecast, machine, view
+from headrace_cli.ask import ask
 from headrace_cli.attempts import LocalAttempts
 from headrace_cli.forecast import Action
 from headrace_cli.home import HOME, RunFolder, run_folder, run_folders
@@ -27,6 +27,7 @@ from headrace_cli.local import LocalBody, interrupts, localize
 from headrace_cli.logs import read_logs
 from headrace_cli.problem import ExitCode, Problem, explain
 from headrace_cli.records import Damaged
+from headrace_cli.server import find_server
 from headrace_cli.stop import stop_run
 from headrace_operator.brain.observed import Observed
 
@@ -167,11 +168,16 @@ def _conclude(finished: TrainingRun, status: RunStatus) -> NoReturn:
 
 
 def _print_results(finished: TrainingRun) -> None:
+    kinds = {stage.name: stage.kind for stage in finished.spec.stages}
     for stage, status in zip(finished.spec.stages, finished.status.stages, strict=True):
-        if stage.kind == "evaluate" and status.artifact is not None:
-            out.print(f"Loss curve  {status.artifact.uri}/loss_curve.png", soft_wrap=True)
-        if stage.kind == "export" and status.artifact is not None:
-            out.print(f"Model       {status.artifact.uri}", soft_wrap=True)
+        uri = status.artifact.uri if status.artifact is not None else None
+        if uri is not None and stage.training is not None:
+            out.print(f"History     {uri}/history.png", soft_wrap=True)
+        # Only a base model's history is of text, and has a curve beside the unigram baseline.
+        if uri is not None and stage.evaluate is not None and kinds[stage.evaluate.from_.model] == "pretrain":
+            out.print(f"Loss curve  {uri}/loss_curve.png", soft_wrap=True)
+        if uri is not None and stage.kind == "export":
+            out.print(f"Model       {uri}", soft_wrap=True)
         if status.endpoint is not None:
             out.print(
                 f"Endpoint    {status.endpoint}  (to stop it: headrace stop {finished.metadata.name})", soft_wrap=True
@@ -278,6 +284,36 @@ def ask_command(
     answer = ask(find_server(folder, look(folder)), prompt, max_tokens=max_tokens)
     out.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
     out.print(answer, markup=False, soft_wrap=True)
+
+
+@app.command(name="chat")
+def chat_command(
+    name: Name,
+    prompt: Annotated[str | None, typer.Argument(help="A single question; without it, an interactive chat.")] = None,
+    home: Home = HOME,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 decodes greedily; by default the model decides.")
+    ] = None,
+) -> None:
+    """Chat with the served model. Ctrl-C stops an answer, Ctrl-D ends the chat."""
+    folder = _known(home, name)
+    server = find_server(folder, look(folder))
+    chat.check_template(server, name=name)
+    told = [] if system is None else [{"role": "system", "content": system}]
+    answering = chat.Answering(max_tokens=max_tokens, temperature=temperature)
+    conversation = chat.Conversation(server, answering, told)
+    ways = {"write": _write_through, "note": lambda text: err.print(f"({text})", style="dim", markup=False)}
+    if prompt is None and sys.stdin.isatty():
+        chat.converse(conversation, **ways)
+    else:
+        chat.answer(conversation, sys.stdin.read() if prompt is None else prompt, **ways)
+
+
+def _write_through(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @app.command()

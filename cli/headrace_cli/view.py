@@ -24,10 +24,15 @@ _PLAIN_SECONDS = 10.0
 _UNBOUNDED = 10_000
 _FIGURES = {
     "loss": ("loss", "{:.4f}"),
+    "held-out loss": ("validationLoss", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "margin": ("margin", "{:.3f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
 }
-"""Display name of a metric -> its key and format."""
+"""Display name of a metric -> its key and format. A metric that no stage has gets no column."""
+_SETS = {"exactMatch/": ("right: ", "{:.1%}")}
+"""Prefix of the metrics of question sets -> display prefix and format."""
 _MARKS = {
     StageState.PENDING: ("·", "dim"),
     StageState.WAITING: ("·", "yellow"),
@@ -172,10 +177,10 @@ def summary_view(name: str, kinds: Mapping[str, str], status: RunStatus, *, now:
 
 def _columns(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datetime) -> Table:
     """One column per figure."""
-    table = Table(title=title, title_justify="left")
+    table, figures = Table(title=title, title_justify="left"), _figures(status)
     for column in ("stage", "kind", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("time", "in", "out", "loss", "perplexity", "unigram\nperplexity"):
+    for column in ("time", "in", "out", *(name.replace(" ", "\n") for name in figures)):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in status.stages:
         table.add_row(
@@ -185,7 +190,7 @@ def _columns(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: da
             _time(stage, now=now),
             ", ".join(_amounts(stage.metrics, "In")),
             ", ".join(_amounts(stage.metrics, "Out")),
-            *(_figure(stage.metrics, key, form) for key, form in _FIGURES.values()),
+            *(_figure(stage.metrics, key, form) for key, form in figures.values()),
         )
     return table
 
@@ -197,15 +202,29 @@ def _list(title: str, kinds: Mapping[str, str], status: RunStatus, *, now: datet
     for column in ("kind", "state", "time"):
         table.add_column(column, no_wrap=True)
     table.add_column("figures", overflow="fold")
+    names = _figures(status).items()
     for stage in status.stages:
         figures = [
             *(f"in {amount}" for amount in _amounts(stage.metrics, "In")),
             *(f"out {amount}" for amount in _amounts(stage.metrics, "Out")),
-            *(f"{n} {v}" for n, (key, form) in _FIGURES.items() if (v := _figure(stage.metrics, key, form))),
+            *(f"{n} {v}" for n, (key, form) in names if (v := _figure(stage.metrics, key, form))),
         ]
         kind, state = kinds.get(stage.name, ""), _state(stage, status)
         table.add_row(stage.name, kind, state, _time(stage, now=now), "\n".join(figures))
     return table
+
+
+def _figures(status: RunStatus) -> dict[str, tuple[str, str]]:
+    """The figures that some stage of the run has: those in ``_FIGURES``, and one per question set."""
+    keys = {key: None for stage in status.stages for key in stage.metrics}
+    plain = {name: (key, form) for name, (key, form) in _FIGURES.items() if key in keys}
+    sets = {
+        f"{said}{key.removeprefix(prefix)}": (key, form)
+        for prefix, (said, form) in _SETS.items()
+        for key in keys
+        if key.startswith(prefix)
+    }
+    return plain | sets
 
 
 def runs_table(rows: Iterable[Mapping[str, str]], *, now: datetime) -> Table:

@@ -79,6 +79,8 @@ CASES = [
     ("stages.base.name", "tok", "spec.stages[3].name: 'tok': is used twice; names must be unique in a run"),
     ("stages.base.name", "Base", "spec.stages[3].name: 'Base': write lower-case letters, digits"),
     ("stages.eval.evaluate.require", {"acc": ">1"}, "spec.stages[4].evaluate.require: 'acc': is not measured; bound"),
+    ("stages.eval.evaluate.require", {"exactMatch/x": ">1"}, "spec.stages[4].evaluate.require: 'exactMatch/x': is not measured; bound one of loss"),
+    ("stages.eval.evaluate.exactMatch", [{"name": "a", "uri": "a.jsonl"}] * 2, "spec.stages[4].evaluate.exactMatch: 'a': is used twice; names must be unique in a stage"),
     ("stages.tok.tokenizer.vocabSize", "4X", "spec.stages[1].tokenizer.vocabSize: '4X': not a quantity; write a number"),
     ("stages.tok.tokenizer.import", {"uri": "x"}, "spec.stages[1].tokenizer.from: set either from.corpus"),
     ("stages.tok.compute", {"nodes": 2}, "spec.stages[1].compute.nodes: 2: tokenizer stages run on 1 node"),

@@ -6,8 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from headrace_cli.ask import Server, ask
+from headrace_cli.ask import ask
 from headrace_cli.problem import Problem
+from headrace_cli.server import Server
 
 
 class Impostor(BaseHTTPRequestHandler):

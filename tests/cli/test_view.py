@@ -80,6 +80,34 @@ def test_the_live_table_loses_no_figure(width):
     assert width > 80 or "10%" in text
 
 
+AFTER_TRAINING = {
+    "sft": {"recordsIn": 9_000, "tokensIn": 900e3, "loss": 0.4321, "validationLoss": 0.5432},
+    "judge": {"recordsIn": 1_350, "loss": 0.1234, "validationLoss": 0.2345, "accuracy": 0.987, "margin": 3.456},
+    "aligned": {"recordsIn": 1_350, "loss": 0.3456, "validationLoss": 0.4567, "accuracy": 1.0, "margin": 5.678},
+    "eval": {"tokensIn": 50e3, "perplexity": 81.25, "exactMatch/short": 0.015, "exactMatch/sentence": 0.965},
+}
+
+
+@pytest.mark.parametrize("width", [80, 140, 200])
+def test_what_matters_of_the_stages_after_pretraining_is_shown(width):
+    stages = [StageStatus(name=n, state=StageState.SUCCEEDED, metrics=m) for n, m in AFTER_TRAINING.items()]
+    kinds = {"sft": "sft", "judge": "reward", "aligned": "dpo", "eval": "evaluate"}
+    shown = view.summary_view("demo", kinds, RunStatus(stages=stages, summary="Complete"), now=START)
+    text = rendered(shown, width=width)
+    figures = ("9k records", "900k tokens", "0.4321", "0.5432", "98.7%", "3.456", "100.0%", "5.678", "1.5%", "96.5%")
+    for figure in (*figures, "81.25", "short", "sentence", "right:"):
+        assert figure in text, f"{figure} is cut:\n{text}"
+
+
+def test_a_figure_that_no_stage_has_has_no_column():
+    stages = [StageStatus(name="base", state=StageState.SUCCEEDED, metrics={"loss": 4.5})]
+    shown = view.summary_view("demo", {"base": "pretrain"}, RunStatus(stages=stages, summary="Complete"), now=START)
+    text = rendered(shown, width=200)
+    assert "loss" in text
+    for absent in ("accuracy", "margin", "perplexity", "right:"):
+        assert absent not in text
+
+
 def test_names_of_forty_letters_are_wrapped_and_figures_are_not():
     name = "a" * 39 + "b"
     stage = StageStatus(name=name, state=StageState.SUCCEEDED, metrics=METRICS["eval"], active_seconds=1_200_000)

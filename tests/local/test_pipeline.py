@@ -67,6 +67,13 @@ def test_the_served_model_answers_over_http(headrace):
     assert (done.code, done.out) == (0, f"The function{text}\n"), done.err
 
 
+def test_a_base_model_is_not_chatted_with_and_the_remedy_is_named(headrace):
+    done = headrace("chat", "small", "Hello")
+    assert (done.code, done.out) == (2, "")
+    assert "small/ship has no chat template" in done.err
+    assert "`headrace ask small PROMPT`, or add an sft stage" in done.err
+
+
 def test_a_second_run_starts_nothing(headrace):
     attempts = [s["attempt"] for s in headrace.status()["stages"]]
     done = headrace("run", "run.yaml")

@@ -110,7 +110,9 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.stages[].pretrain.checkpoint.every", "must be above 0"): {"stages.base.pretrain.checkpoint": {"every": "0.0m"}},
     ("spec.stages[].evaluate.maxTokens", "must be at least 2"): {"stages.eval.evaluate.maxTokens": "1"},
     ("spec.stages[].evaluate.maxTokens", "must be at most"): {"stages.eval.evaluate.maxTokens": "9999999T"},
-    ("spec.stages[].evaluate.require", "bound one of"): {"stages.eval.evaluate.require": {"accuracy": ">1"}},
+    ("spec.stages[].evaluate", "require: bound one of"): {"stages.eval.evaluate.require": {"accuracy": ">1"}},
+    ("spec.stages[].evaluate.exactMatch[].uri", "only S3"): {"stages.eval.evaluate.exactMatch": [{"name": "a", "uri": "gs://bucket/x"}]},
+    ("spec", "evaluate.exactMatch.uri"): {"stages.eval.evaluate.exactMatch": [{"name": "a", "uri": "questions.jsonl"}]},
     ("spec.trainer.gpuMemory", "must be at least 1"): {"trainer.gpuMemory": "0Gi"},
     ("spec.trainer.gpuMemory", "must be at most"): {"trainer.gpuMemory": "1001T"},
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import MOST, FieldError, Matches, Quantity, rule
+from headrace_api.base import MOST, FieldError, Matches, Name, Quantity, Spec, StoredUri, api_rules, rule
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -48,11 +48,36 @@ class EvaluateInputs(Inputs):
 
 METRICS = ("loss", "perplexity", "bitsPerByte", "unigramPerplexity", "unigramRatio")
 """What the perplexity task measures; ``require`` may bound any of them."""
-_KNOWN = rule(f"self.all(metric, metric in {list(METRICS)})", f"bound one of {', '.join(METRICS)}")
+EXACT_MATCH = "exactMatch/"
+"""Prefix of the metrics of ``exactMatch``, followed by the name of a question set."""
+
+
+class QuestionSet(Spec):
+    """Questions with one right answer each."""
+
+    name: Name
+    """name is part of the metric's name, exactMatch/NAME."""
+    uri: StoredUri
+    """uri locates the questions, records with prompt and completion: a file, a folder, an s3:// prefix or a pattern. A relative path is relative to the manifest."""
+    max_tokens: int = Field(64, ge=1, le=65_536)
+    """maxTokens bounds the length of an answer; one that does not end within it is wrong."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric: the share of correct answers."""
+        return f"{EXACT_MATCH}{self.name}"
+
+
+_MEASURED = f"metric in {list(METRICS)} || (has(self.exactMatch) && self.exactMatch.exists(q, '{EXACT_MATCH}' + q.name == metric))"
+_BOUND_ONE = f"bound one of {', '.join(METRICS)}, or {EXACT_MATCH}NAME of a question set"
 
 
 class Evaluate(StageConfig):
-    """Measure a model on held-out text, compared with a unigram model of the same vocabulary."""
+    """Measure a model on held-out text, compared with a unigram model of the same vocabulary, and on questions."""
+
+    model_config = api_rules(
+        rule(f"!has(self.require) || self.require.all(metric, {_MEASURED})", f"require: {_BOUND_ONE}")
+    )
 
     KIND = "evaluate"
     GIVES = ArtifactKind.EVALUATION
@@ -64,14 +89,25 @@ class Evaluate(StageConfig):
     """tasks are the measurements to make."""
     max_tokens: Quantity = Field(1_000_000, ge=2, le=MOST)
     """maxTokens bounds the number of validation tokens to read."""
+    exact_match: list[QuestionSet] = Field(default_factory=list, max_length=8)
+    """exactMatch lists question sets, answered greedily in the model's chat template; an answer is right if it equals the record's completion, ignoring white space around it."""
     require: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=32), _BOUND]] = Field(
-        default_factory=dict, max_length=16, json_schema_extra={"x-kubernetes-validations": [_KNOWN]}
+        default_factory=dict, max_length=16
     )
-    """require maps a metric (loss, perplexity, bitsPerByte, unigramPerplexity, unigramRatio) to a bound, such as unigramRatio: ">=3"; a missed bound fails the stage."""
+    """require maps a metric (loss, perplexity, bitsPerByte, unigramPerplexity, unigramRatio, exactMatch/NAME) to a bound, such as unigramRatio: ">=3"; a missed bound fails the stage."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [questions.name for questions in self.exact_match]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise FieldError("exactMatch", twice, "is used twice; names must be unique in a stage")
+        return self
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        unknown = next((metric for metric in self.require if metric not in METRICS), None)
+        known = {*METRICS, *(questions.metric for questions in self.exact_match)}
+        unknown = next((metric for metric in self.require if metric not in known), None)
         if unknown is not None:
-            raise FieldError("require", unknown, f"is not measured; bound one of {', '.join(METRICS)}")
+            raise FieldError("require", unknown, f"is not measured; {_BOUND_ONE}")
         return self

@@ -10,7 +10,8 @@ import pytest
 
 from headrace_api.contract import served_model_name
 from headrace_api.faults import ExitCode, FaultClass
-from headrace_cli.ask import Server, ask
+from headrace_cli.ask import ask
+from headrace_cli.server import Server
 from trainer.deploy.builders import ENGINE, FIRST_PORT, Deployment, command_line, gone
 
 NUM_TOKENS = 24

@@ -23,6 +23,7 @@ class Base:
 
     storage: Storage
     model: ArtifactRef
+    shards: ArtifactRef
 
 
 def pretrained(folder: Path, *, steps: int = 30) -> Base:
@@ -49,7 +50,7 @@ def pretrained(folder: Path, *, steps: int = 30) -> Base:
     stage = resolved(storage, "base", {"pretrain": block}, inputs={"shards": shards})
     (ended,) = gang(stage_rank, 1, stage, folder)
     assert not ended.error, ended
-    return Base(storage=storage, model=reference(stage, ended))
+    return Base(storage=storage, model=reference(stage, ended), shards=shards)
 
 
 def resolved(

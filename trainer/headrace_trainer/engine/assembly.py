@@ -99,7 +99,7 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
 
 
 def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
-    """Write the trained model into the stage's output. Every rank calls."""
+    """Write the trained model, its history and a picture of that into the stage's output. Every rank calls."""
     loop.host.report(phase="Saving")
     folder, gang = output / CHECKPOINT_FOLDER, loop.gang
     if gang.local_rank == 0:
@@ -109,6 +109,10 @@ def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
     if gang.is_first:
         write_card(card, output)
         (output / HISTORY_FILE).write_text(loop.history.dumps())
+        # Imported here: only one rank draws.
+        from headrace_trainer.formats.pictures import PICTURE_FILE, draw_history
+
+        draw_history(output / HISTORY_FILE, name=loop.config.KIND, out=output / PICTURE_FILE)
 
 
 def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:

@@ -141,7 +141,7 @@ def leave_finetuned(ctx: StageContext, loop: Loop, start: Start) -> dict[str, fl
         (ctx.output / DATA_REPORT).write_text(json.dumps(start.dataset.report, indent=1))
         (ctx.output / EXAMPLES).write_text(preview(start.dataset.train, load(start.tokenizer)))
     return final_metrics(loop, start.card) | {
-        "documents": float(len(start.dataset.train)),
+        "recordsIn": float(len(start.dataset.train)),
         "badRecords": float(sum(sum(s["bad"].values()) for s in start.dataset.report["sources"])),
         "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
     }

@@ -62,6 +62,11 @@ class History:
         """The newest training loss."""
         return next((r["loss"] for r in reversed(self.records) if "loss" in r), None)
 
+    def held_out(self, figure: str) -> float | None:
+        """The newest value of a figure on the validation split."""
+        found = (r[name] for r in reversed(self.records) if (name := f"validation_{figure}") in r)
+        return next(found, None)
+
     @property
     def num_left_out(self) -> int:
         """Steps whose update was skipped or taken back."""
@@ -70,8 +75,7 @@ class History:
     @property
     def validation_loss(self) -> float | None:
         """The newest validation loss."""
-        found = (r["validation_loss"] for r in reversed(self.records) if "validation_loss" in r)
-        return next(found, None)
+        return self.held_out("loss")
 
     def dumps(self) -> str:
         """One JSON object a line."""

@@ -24,7 +24,7 @@ def run_dpo(ctx: StageContext) -> dict[str, float]:
     """Train a model on pairs of answers. Every rank of the gang calls.
 
     Returns:
-        The final losses, and how much was read.
+        The final losses, how much was read, and how often and by how much the chosen side of held-out pairs wins.
 
     Raises:
         UserError: bad configuration or data.
@@ -43,7 +43,16 @@ def run_dpo(ctx: StageContext) -> dict[str, float]:
         loop = build_dpo(ctx, gang, start)
         loop.resume()
         loop.run()
-        return leave_finetuned(ctx, loop, start)
+        return leave_finetuned(ctx, loop, start) | _held_out(loop)
+
+
+def _held_out(loop: Loop) -> dict[str, float]:
+    """Accuracy and mean margin of the implicit rewards; nothing without held-out pairs."""
+    found = {
+        name: loop.history.held_out(figure)
+        for name, figure in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"))
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def build_dpo(ctx: StageContext, gang: Gang, start: Start) -> Loop:

@@ -6,7 +6,6 @@ In: ``history.jsonl`` of a pretrain stage. Out: a PNG.
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -17,12 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from headrace_api.people import people_count
+from headrace_trainer.formats.pictures import draw_held_out, draw_training
 
 CURVE_FILE = "loss_curve.png"
 
-_TRAINING, _HELD_OUT, _BASELINE = "#2a78b5", "#c8502d", "#6a6a6a"
-_SMOOTHED_FROM = 150
-"""From this many points on, the running mean is drawn over the noise."""
+_BASELINE = "#6a6a6a"
 _PERPLEXITIES = [m * 10**e for e in range(6) for m in (1, 2, 5)]
 
 
@@ -38,8 +36,9 @@ def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters:
     """
     records = [json.loads(line) for line in history.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(8.5, 5), dpi=130, layout="constrained")
-    _draw_training(axes, records)
-    _draw_held_out(axes, records)
+    draw_training(axes, records)
+    measured = [r["validation_loss"] for r in records if "validation_loss" in r]
+    draw_held_out(axes, records, label=f"held-out text ({measured[-1]:.2f} at the end)" if measured else "")
     axes.axhline(unigram_loss, color=_BASELINE, ls="--", lw=1.2, label=f"unigram baseline ({unigram_loss:.2f})")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
     axes.set_title(f"{name}: {people_count(num_parameters)} parameters", loc="left")
@@ -51,27 +50,6 @@ def draw_curve(history: Path, *, unigram_loss: float, name: str, num_parameters:
     axes.legend(frameon=False)
     figure.savefig(out, metadata={"Software": None})  # keeps matplotlib's version out of the file
     plt.close(figure)
-
-
-def _draw_training(axes: Axes, records: list[dict[str, Any]]) -> None:
-    records = [r for r in records if "loss" in r]  # a skipped step has none
-    steps, losses = (np.array([r[key] for r in records]) for key in ("step", "loss"))
-    if len(records) < _SMOOTHED_FROM:
-        axes.plot(steps, losses, color=_TRAINING, lw=1.2, label="training")
-        return
-    width = len(records) // 50 | 1
-    mean = np.convolve(losses, np.ones(width) / width, mode="valid")
-    axes.plot(steps, losses, color=_TRAINING, lw=0.6, alpha=0.3)
-    axes.plot(
-        steps[width // 2 : -(width // 2)], mean, color=_TRAINING, lw=1.6, label=f"training (mean of {width} steps)"
-    )
-
-
-def _draw_held_out(axes: Axes, records: list[dict[str, Any]]) -> None:
-    measured = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
-    if measured:
-        label = f"held-out text ({measured[-1][1]:.2f} at the end)"
-        axes.plot(*zip(*measured, strict=True), "o-", color=_HELD_OUT, ms=4, lw=1.2, label=label)
 
 
 def _add_token_axis(axes: Axes, *, tokens_per_step: float) -> None:

@@ -7,7 +7,7 @@ Shapes: N = windows, T = sequence length.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,19 +20,19 @@ from tokenizers import Tokenizer
 
 from headrace_trainer.stages.evaluate.curve import CURVE_FILE
 from headrace_trainer.stages.evaluate.measures import perplexity, surprisal
+from headrace_trainer.stages.evaluate.questions import Answered
 
 _CONTEXT_TOKENS = 12
 _CONTEXT_CHARACTERS = 48
 _SHOWN = 4
+_ANSWERS_SHOWN = 10
 _SCALE = (0.9, 0.5, 0.1, 0.01)
 """Probabilities shown to give a feeling for losses."""
-_EXPLANATION = f"""\
+_EXPLANATION = """\
 The loss is the mean of -log p over held-out tokens, where p is the probability that the model gave to the token that
 actually followed. Perplexity is exp(loss): the model is as unsure as if it chose between that many equally likely
 tokens. The unigram baseline knows only how often each token occurs; a model that learned from context is well
 below it.
-
-![loss curve]({CURVE_FILE})
 """
 
 
@@ -116,10 +116,45 @@ def _plain(text: str) -> str:
     return repr(text)[1:-1]
 
 
-def write_report(folder: Path, *, metrics: dict[str, float], examples: Sequence[Example]) -> None:
-    """Print the tables, and write ``report.json`` and ``report.md``."""
-    rows = [{**asdict(e), "loss": e.loss} for e in examples]
-    (folder / "report.json").write_text(json.dumps({"metrics": metrics, "examples": rows}, indent=1) + "\n")
+def answers_table(name: str, given: Sequence[Answered]) -> Table:
+    """The first answers, the right ones, and the share of all answers that are right."""
+    right = sum(answer.is_right for answer in given)
+    title = f"{name}: {right} of {len(given)} answered right ({right / len(given):.1%})"
+    table = Table(title=title, title_justify="left")
+    for column in ("question", "right answer", "answer", ""):
+        table.add_column(column, no_wrap=bool(column))
+    for answer in given[:_ANSWERS_SHOWN]:
+        texts = (answer.question, answer.right, answer.said if answer.ended else f"{answer.said} ...")
+        table.add_row(*(Text(_plain(text)) for text in texts), "✔" if answer.is_right else "✘")
+    return table
+
+
+def write_report(
+    folder: Path,
+    *,
+    metrics: dict[str, float],
+    examples: Sequence[Example],
+    answers: Mapping[str, Sequence[Answered]],
+    curve: bool,
+) -> None:
+    """Print the tables, and write ``report.json`` and ``report.md``.
+
+    Args:
+        folder: the folder to write to.
+        metrics: all figures.
+        examples: tokens of the held-out text.
+        answers: the answers to each question set, by metric.
+        curve: whether the folder has a loss curve.
+    """
+    content: dict[str, object] = {"metrics": metrics, "examples": [{**asdict(e), "loss": e.loss} for e in examples]}
+    if answers:
+        content["answers"] = {
+            name: [{**asdict(a), "isRight": a.is_right} for a in given] for name, given in answers.items()
+        }
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
     console = Console(width=120, record=True)
     console.print(figures_table(metrics), examples_table(examples))
-    (folder / "report.md").write_text(f"# Evaluation\n\n{_EXPLANATION}\n```\n{console.export_text()}```\n")
+    console.print(*(answers_table(name, given) for name, given in answers.items()), end="")
+    picture = f"![loss curve]({CURVE_FILE})\n\n" if curve else ""
+    text = f"# Evaluation\n\n{_EXPLANATION}\n{picture}```\n{console.export_text()}```\n"
+    (folder / "report.md").write_text(text)

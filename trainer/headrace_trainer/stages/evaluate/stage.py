@@ -1,12 +1,15 @@
-"""The evaluate stage: load, measure, compare, report, check the requirements."""
+"""The evaluate stage: load, measure, ask, compare, report, check the requirements."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace_api.stages import Evaluate
-from headrace_api.stages.evaluate import meets
+from headrace_api.stages.evaluate import QuestionSet, meets
 from headrace_trainer.engine.model.loading import load_model
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.errors import Stopped, UserError
@@ -19,6 +22,7 @@ from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.evaluate.curve import CURVE_FILE, draw_curve
 from headrace_trainer.stages.evaluate.losses import evaluation_layout, token_losses
 from headrace_trainer.stages.evaluate.measures import bits_per_byte, perplexity
+from headrace_trainer.stages.evaluate.questions import Answered, Question, answers, encoder_of, read_questions
 from headrace_trainer.stages.evaluate.report import choose_examples, write_report
 from headrace_trainer.stages.evaluate.unigram import unigram_losses
 
@@ -27,7 +31,8 @@ def run_evaluate(ctx: StageContext) -> dict[str, float]:
     """Measure, report and check. Every rank calls it.
 
     Returns:
-        loss, perplexity, bitsPerByte, and the baseline's unigramLoss, unigramPerplexity and unigramRatio.
+        loss, perplexity, bitsPerByte, the baseline's unigramLoss, unigramPerplexity and unigramRatio, and for each
+        question set the share of right answers.
 
     Raises:
         UserError: a requirement is missed, or the model cannot be divided over the ranks.
@@ -39,40 +44,87 @@ def run_evaluate(ctx: StageContext) -> dict[str, float]:
     card = read_card(trained)
     samples = TokenDataset(shards, Split.VALIDATION, card.sequence_length, ctx.resolved.seed, verify=False)
     num_windows = max(1, min(samples.num_samples, config.max_tokens // card.sequence_length))
-    losses_NT = _measure(ctx, card, trained, samples, num_windows=num_windows)
+    measured = _measure(ctx, card, trained, samples, num_windows=num_windows)
     tokens_NT = np.stack([samples.sample(i)[1:] for i in range(num_windows)])
     baseline = float(unigram_losses(np.load(shards / UNIGRAM_FILE), tokens_NT).mean())
-    metrics = summarize(losses_NT, unigram_loss=baseline, manifest=samples.manifest)
+    metrics = summarize(measured.losses_NT, unigram_loss=baseline, manifest=samples.manifest)
+    metrics |= {name: sum(a.is_right for a in given) / len(given) for name, given in measured.answers.items()}
     if ctx.rank == 0:
-        examples = choose_examples(losses_NT, tokens_NT, load_tokenizer(shards / TOKENIZER_FOLDER).tokenizer)
-        write_report(ctx.output, metrics=metrics, examples=examples)
-        draw_curve(
-            trained / HISTORY_FILE,
-            unigram_loss=baseline,
-            name=ctx.resolved.run,
-            num_parameters=card.architecture.num_parameters(card.vocab_size),
-            out=ctx.output / CURVE_FILE,
-        )
+        examples = choose_examples(measured.losses_NT, tokens_NT, load_tokenizer(shards / TOKENIZER_FOLDER).tokenizer)
+        # The history of a model that was trained to answer holds losses on records, not on text.
+        has_curve = not card.stop_ids
+        write_report(ctx.output, metrics=metrics, examples=examples, answers=measured.answers, curve=has_curve)
+        if has_curve:
+            draw_curve(
+                trained / HISTORY_FILE,
+                unigram_loss=baseline,
+                name=ctx.resolved.run,
+                num_parameters=card.architecture.num_parameters(card.vocab_size),
+                out=ctx.output / CURVE_FILE,
+            )
     check_requirements(config, metrics)
     return metrics
 
 
-def _measure(
-    ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDataset, *, num_windows: int
-) -> NDArray[np.float32]:
-    """Every token's loss, with the model split over all ranks."""
-    axes = evaluation_layout(card, num_ranks=ctx.world)
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Results of running the model."""
+
+    losses_NT: NDArray[np.float32]
+    """Every token's loss."""
+    answers: Mapping[str, Sequence[Answered]]
+    """Answers to each question set, by metric."""
+
+
+def _measure(ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDataset, *, num_windows: int) -> Measured:
+    """Losses and answers, with the model split over all ranks."""
+    axes, asked = evaluation_layout(card, num_ranks=ctx.world), _read_questions(ctx, card, trained)
     with join_gang(
         axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=ctx.resolved.stage.compute.ranks
     ) as ranks:
         ctx.report(phase="Loading", message="reading the checkpoint")
         model = load_model(card, trained, ranks)
 
-        def tell(done: int) -> None:
-            ctx.report(phase="Evaluating", done=done, total=num_windows, unit="windows")
+        def tell(done: int, *, total: int = num_windows, unit: str = "windows") -> None:
+            ctx.report(phase="Evaluating", done=done, total=total, unit=unit)
             _stop_together(ctx, ranks)
 
-        return token_losses(model, samples, gang=ranks, num_windows=num_windows, tell=tell)
+        return Measured(
+            losses_NT=token_losses(model, samples, gang=ranks, num_windows=num_windows, tell=tell),
+            answers={
+                questions.metric: answers(
+                    model,
+                    found,
+                    encoder_of(trained, card),
+                    card,
+                    max_tokens=questions.max_tokens,
+                    gang=ranks,
+                    tell=partial(tell, total=len(found), unit="questions"),
+                )
+                for questions, found in asked
+            },
+        )
+
+
+def _read_questions(ctx: StageContext, card: ModelCard, trained: Path) -> list[tuple[QuestionSet, list[Question]]]:
+    config = ctx.config
+    assert isinstance(config, Evaluate)
+    if not config.exact_match:
+        return []
+    encoder = encoder_of(trained, card)
+    return [
+        (
+            questions,
+            read_questions(
+                questions,
+                encoder,
+                field=f"evaluate.exactMatch[{i}].uri",
+                storage=ctx.resolved.storage,
+                scratch=ctx.scratch / f"questions-{ctx.rank}",
+            ),
+        )
+        for i, questions in enumerate(config.exact_match)
+    ]
 
 
 def _stop_together(ctx: StageContext, ranks: Gang) -> None:

@@ -26,6 +26,21 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 
 It continues text. It was not trained to follow instructions, and nothing was done to make it safe.
 """
+_CHAT_USE = """\
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+model = AutoModelForCausalLM.from_pretrained("<this folder>")
+turns = [{"role": "user", "content": "Who are you?"}]
+prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
+```
+
+It was trained further on records after pretraining. Nothing was done to make it safe.
+"""
 
 
 def model_card(resolved: ResolvedStage, card: ModelCard, trained: Path, *, ancestors: Sequence[Artifact]) -> str:
@@ -45,7 +60,7 @@ def model_card(resolved: ResolvedStage, card: ModelCard, trained: Path, *, ances
     lines += _section("Model", _rows({**_model_rows(card), "Weights": f"safetensors, {config.dtype.value}"}))
     lines += _section("Training", _rows(_training_rows(trained / HISTORY_FILE)))
     lines += _section("Lineage", _lineage(resolved, ancestors))
-    return "\n".join([*lines, _USE])
+    return "\n".join([*lines, _CHAT_USE if card.stop_ids else _USE])
 
 
 def _model_rows(card: ModelCard) -> dict[str, str]:

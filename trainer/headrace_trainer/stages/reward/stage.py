@@ -28,7 +28,7 @@ def run_reward(ctx: StageContext) -> dict[str, float]:
     """Train a model that scores answers. Every rank of the gang calls.
 
     Returns:
-        The final losses, how much was read, and the accuracy on held-out pairs.
+        The final losses, how much was read, and accuracy, mean margin and length bias on held-out pairs.
 
     Raises:
         UserError: bad configuration or data.
@@ -50,8 +50,11 @@ def run_reward(ctx: StageContext) -> dict[str, float]:
         trust = _assess(loop, start, length=config.sequence_length)
         if gang.is_first and trust is not None:
             write_report(trust, ctx.output)
-        figures = {} if trust is None else {"accuracy": trust.accuracy, "lengthCorrelation": trust.length_correlation}
-        return leave_finetuned(ctx, loop, start) | figures
+        return leave_finetuned(ctx, loop, start) | ({} if trust is None else _figures(trust))
+
+
+def _figures(trust: Trust) -> dict[str, float]:
+    return {"accuracy": trust.accuracy, "margin": trust.margin, "lengthCorrelation": trust.length_correlation}
 
 
 def build_reward(ctx: StageContext, gang: Gang, start: Start) -> Loop:
