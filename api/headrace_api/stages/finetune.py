@@ -52,16 +52,17 @@ class Lora(Spec):
     )
     """targets are the matrices of each layer that get an update: qkv (q_proj, k_proj and v_proj, which share one A), proj (o_proj), fc1 (gate_proj and up_proj, which share one A) and fc2 (down_proj); all if unset."""
 
-    def num_parameters(self, arch: Architecture) -> int:
-        """Parameters of the updates, over all layers."""
+    def num_parameters(self, arch: Architecture, *, tensor: int = 1) -> int:
+        """Parameters of the updates over all layers, on each of ``tensor`` ranks that share the matrices."""
         queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        widths = {
-            LoraTarget.QKV: arch.hidden_size + queries + 2 * keys,
-            LoraTarget.PROJ: queries + arch.hidden_size,
-            LoraTarget.FC1: arch.hidden_size + 2 * arch.ffn_hidden_size,
-            LoraTarget.FC2: arch.ffn_hidden_size + arch.hidden_size,
+        # The side of a matrix that is the residual stream is whole on every rank, the other one is cut.
+        cut = {
+            LoraTarget.QKV: queries + 2 * keys,
+            LoraTarget.PROJ: queries,
+            LoraTarget.FC1: 2 * arch.ffn_hidden_size,
+            LoraTarget.FC2: arch.ffn_hidden_size,
         }
-        return arch.layers * self.rank * sum(widths[target] for target in self.targets)
+        return arch.layers * self.rank * sum(arch.hidden_size + cut[target] // tensor for target in self.targets)
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

@@ -163,8 +163,12 @@ def leave_finetuned(ctx: StageContext, loop: Loop, start: Start) -> dict[str, fl
         shutil.copytree(start.tokenizer, ctx.output / TOKENIZER_FOLDER, dirs_exist_ok=True)
         (ctx.output / DATA_REPORT).write_text(json.dumps(start.dataset.report, indent=1))
         (ctx.output / EXAMPLES).write_text(preview(start.dataset.train, load(start.tokenizer)))
-    return final_metrics(loop, start.card) | trained | {
-        "documents": float(len(start.dataset.train)),
-        "badRecords": float(sum(sum(s["bad"].values()) for s in start.dataset.report["sources"])),
-        "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
-    }
+    return (
+        final_metrics(loop, start.card)
+        | trained
+        | {
+            "documents": float(len(start.dataset.train)),
+            "badRecords": float(sum(sum(s["bad"].values()) for s in start.dataset.report["sources"])),
+            "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
+        }
+    )
