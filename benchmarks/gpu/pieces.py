@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.loop import Case, compare
 from benchmarks.training import RandomSamples, SourceText, Training, opened
-from headrace_api.planning import estimate_pretrain
+from headrace_api.planning import estimate_training
 from headrace_api.stages.training import Fp8Recipe
 from headrace_trainer.engine import device
 from headrace_trainer.engine.batches import Samples
@@ -118,8 +118,12 @@ def time_steps(training: Training, folder: str, warm_up: int, repeats: int) -> d
         seconds = seconds_of(loop.advance, warm_up=warm_up, repeats=repeats)
         config = loop.config
         loss = loop.history.records[-1]["loss"]
-    planned = estimate_pretrain(
-        config, num_ranks=training.layout.world, vocab_size=training.vocab_size, on_gpus=device.has_cuda()
+    planned = estimate_training(
+        config,
+        config.model.architecture,
+        num_ranks=training.layout.world,
+        vocab_size=training.vocab_size,
+        on_gpus=device.has_cuda(),
     )
     return {
         "kernels": "Transformer Engine" if device.has_transformer_engine() else "local",

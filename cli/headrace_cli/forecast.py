@@ -17,10 +17,11 @@ from headrace_api.contract import Progress, ResolvedStage
 from headrace_api.faults import FaultClass, Outcome
 from headrace_api.model import padded_vocab
 from headrace_api.people import people_bytes, people_count
-from headrace_api.planning import estimate_pretrain
+from headrace_api.planning import Estimate, adapter_of, estimate_training
 from headrace_api.planning.fit import vocab_size
+from headrace_api.references import architecture_of
 from headrace_api.run import ConditionType, Stage, StageState, StageStatus, TrainingRun
-from headrace_api.stages import RunsAs
+from headrace_api.stages import RunsAs, Training
 from headrace_cli import records
 from headrace_cli.local import prepare
 from headrace_operator.brain.observed import LIVE, Attempt, AttemptState, Observed
@@ -44,7 +45,7 @@ class Action(StrEnum):
 
 
 def forecast(run: TrainingRun, observed: Observed) -> list[dict[str, Any]]:
-    """One row per stage: whether it would run, its ranks, and the arithmetic of pretraining.
+    """One row per stage: whether it would run, its ranks, and the arithmetic of training.
 
     A stage rerun from the same spec and inputs is assumed to produce the same artifact.
 
@@ -128,26 +129,44 @@ def _needs(run: TrainingRun, stage: Stage) -> dict[str, Any]:
         "ranks": compute.world,
         "gpus": compute.nodes * compute.gpus_per_node,
     }
-    if stage.pretrain is None:
+    training = stage.training
+    if training is None:
         return needs
-    vocab = vocab_size(run, stage.pretrain) or _DEFAULT_VOCAB
-    estimate = estimate_pretrain(
-        stage.pretrain, num_ranks=compute.world, vocab_size=vocab, on_gpus=compute.gpus_per_node > 0
-    )
-    axes = stage.pretrain.parallelism
-    return needs | {
-        "layout": f"tensor {axes.tensor} x pipeline {axes.pipeline} x data {estimate.data_ranks}",
+    vocab = vocab_size(run, training) or _DEFAULT_VOCAB
+    arch = architecture_of(stage.name, {s.name: s for s in run.spec.stages})
+
+    def estimate(training: Training) -> Estimate:
+        on_gpus = compute.gpus_per_node > 0
+        return estimate_training(training, arch, num_ranks=compute.world, vocab_size=vocab, on_gpus=on_gpus)
+
+    found, axes = estimate(training), training.parallelism
+    needs |= {
+        "layout": f"tensor {axes.tensor} x pipeline {axes.pipeline} x data {found.data_ranks}",
         "vocabSize": vocab,
         "paddedVocabSize": padded_vocab(vocab),
-        "parameters": estimate.parameters,
-        "tokens": estimate.steps * estimate.tokens_per_step,
-        "tokensPerParameter": round(estimate.tokens_per_parameter, 2),
-        "steps": estimate.steps,
-        "tokensPerStep": estimate.tokens_per_step,
-        "flops": estimate.flops,
-        "stateBytesPerRank": estimate.state_bytes_per_rank,
-        "activationBytesPerRank": estimate.activation_bytes_per_rank,
+        "parameters": found.parameters,
+        "trainedParameters": found.trained_parameters,
+        "tokensPerStep": found.tokens_per_step,
+        "flopsPerStep": found.flops_per_step,
+        "stateBytesPerRank": found.state_bytes_per_rank,
+        "activationBytesPerRank": found.activation_bytes_per_rank,
     }
+    if found.tokens is not None and found.tokens_per_parameter is not None:
+        needs |= {
+            "tokens": found.tokens,
+            "tokensPerParameter": round(found.tokens_per_parameter, 2),
+            "steps": found.steps,
+            "flops": found.flops,
+        }
+    if adapter_of(training) is not None:
+        whole = estimate(training.model_copy(update={"adapter": None}))
+        needs["withoutAdapter"] = {
+            "trainedParameters": whole.trained_parameters,
+            "flopsPerStep": whole.flops_per_step,
+            "stateBytesPerRank": whole.state_bytes_per_rank,
+            "activationBytesPerRank": whole.activation_bytes_per_rank,
+        }
+    return needs
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
@@ -165,10 +184,33 @@ def table(name: str, rows: list[dict[str, Any]]) -> Table:
 def _prose(row: dict[str, Any]) -> str:
     if "parameters" not in row:
         return ""
+    parts = [_work(row), _memory(row) + " per rank"]
+    if "withoutAdapter" in row:
+        whole = row["withoutAdapter"]
+        parts.append(
+            f"without the adapter {people_count(whole['trainedParameters'])} parameters trained, "
+            f"{whole['flopsPerStep']:.2e} FLOPs per step, {_memory(whole)} per rank"
+        )
+    return f"{row['layout']}; " + "; ".join(parts)
+
+
+def _work(row: dict[str, Any]) -> str:
+    """What is trained, and for how long."""
+    parameters = f"{people_count(row['parameters'])} parameters"
+    if row["trainedParameters"] < row["parameters"]:
+        parameters += f", of which {people_count(row['trainedParameters'])} are trained"
+    if "steps" not in row:
+        return (
+            f"{parameters}, as many steps of {people_count(row['tokensPerStep'])} tokens as the records fill, "
+            f"{row['flopsPerStep']:.2e} FLOPs each"
+        )
     return (
-        f"{row['layout']}; {people_count(row['parameters'])} parameters, {people_count(row['tokens'])} tokens "
+        f"{parameters}, {people_count(row['tokens'])} tokens "
         f"({row['tokensPerParameter']:.1f} per parameter; about 20 is compute-optimal), {row['steps']:,} steps of "
-        f"{people_count(row['tokensPerStep'])} tokens, {row['flops']:.2e} FLOPs, "
-        f"{people_bytes(row['stateBytesPerRank'])} of state and about "
-        f"{people_bytes(row['activationBytesPerRank'])} of activations per rank"
+        f"{people_count(row['tokensPerStep'])} tokens, {row['flops']:.2e} FLOPs"
     )
+
+
+def _memory(row: dict[str, Any]) -> str:
+    state, activations = people_bytes(row["stateBytesPerRank"]), people_bytes(row["activationBytesPerRank"])
+    return f"{state} of state and about {activations} of activations"

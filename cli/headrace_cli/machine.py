@@ -165,7 +165,7 @@ def _memory(field: str, run: TrainingRun, stage: Stage, machine: Machine) -> Ite
         else f"{sharing} share this machine's {people_bytes(memory)}"
     )
     if state * sharing > memory:
-        error = too_large(f"{field}.{stage.kind}", state, has)
+        error = too_large(f"{field}.{stage.kind}", stage, state, has)
         yield _error(error.field, error.value, error.remedy)
     elif (state + activations) * sharing > memory:
         needs = f"state and activations take about {people_bytes(state + activations)} per rank, but {has}"

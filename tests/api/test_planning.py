@@ -9,10 +9,11 @@ from builders import manifest
 from headrace_api.errors import parse_run
 from headrace_api.model import PRESETS
 from headrace_api.parallelism import Layout
-from headrace_api.planning import estimate_pretrain
-from headrace_api.planning.fit import device_errors, vocab_size
+from headrace_api.planning import Estimate, estimate_training
+from headrace_api.planning.fit import device_errors, least_estimate, vocab_size
 from headrace_api.planning.memory import Batches, Memory, fullest_rank, num_stage_parameters
 from headrace_api.run import TrainingRun
+from headrace_api.stages import Lora, LoraTarget
 from headrace_api.stages.training import Precision
 
 LLAMA_7B = PRESETS["llama-7b"]
@@ -134,7 +135,9 @@ def test_the_estimate_of_a_stage_is_that_of_its_fullest_rank() -> None:
         3
     ]
     assert stage.pretrain is not None
-    estimate = estimate_pretrain(stage.pretrain, num_ranks=stage.compute.world, vocab_size=VOCAB, on_gpus=True)
+    estimate = estimate_training(
+        stage.pretrain, LLAMA_7B, num_ranks=stage.compute.world, vocab_size=VOCAB, on_gpus=True
+    )
     assert estimate.parameters == 6_738_415_616  # as published, with the vocabulary unpadded
     assert estimate.data_ranks == 8
     assert estimate.tokens_per_parameter == 489 * 2048 / 6_738_415_616  # 1M tokens in whole steps
@@ -207,3 +210,70 @@ def test_the_vocabulary_is_that_of_the_shards_that_are_read() -> None:
     run = parse_run(value)
     pretrain = run.spec.stages[5].pretrain
     assert pretrain is not None and vocab_size(run, pretrain) == 300
+
+
+# Rank 32 of llama-7b's matrices: 4096 -> 3 x 4096, 4096 -> 4096, 4096 -> 2 x 11008, 11008 -> 4096; 32 layers.
+UPDATES = 32 * 32 * ((4096 + 12288) + (4096 + 4096) + (4096 + 22016) + (11008 + 4096))
+
+
+def tuned(kind: str = "sft", *, compute: dict[str, Any], **block: Any) -> TrainingRun:
+    """llama-7b, and a stage that trains it further in bf16 on one rank, unless it says otherwise."""
+    value = seven_billion(compute={"nodes": 16, "gpusPerNode": 1}).dump()
+    block = {"from": {"model": "base"}, "data": {"sources": [{"uri": "/records"}]}} | block
+    value["spec"]["stages"][4:] = [{"name": "chat", "compute": compute, kind: block}]
+    return parse_run(value)
+
+
+def of_stage(run: TrainingRun) -> Estimate:
+    found = least_estimate(run, run.spec.stages[4], on_gpus=True)
+    assert found is not None
+    return found
+
+
+def test_parameters_of_an_adapter() -> None:
+    assert Lora().num_parameters(LLAMA_7B) == UPDATES == 67_371_008
+    attention = Lora(rank=8, targets=[LoraTarget.QKV, LoraTarget.PROJ])
+    assert attention.num_parameters(LLAMA_7B) == 32 * 8 * (16384 + 8192)
+    # Of four ranks each has the whole side of the residual stream, and a quarter of the other one.
+    assert attention.num_parameters(LLAMA_7B, tensor=4) == 32 * 8 * ((4096 + 3072) + (4096 + 1024))
+
+
+def test_an_adapter_leaves_the_state_of_the_model_out() -> None:
+    whole, adapted = (
+        of_stage(tuned(compute={"gpusPerNode": 1}, **fields)) for fields in ({}, {"adapter": {"lora": {}}})
+    )
+    assert (whole.trained_parameters, adapted.trained_parameters) == (6_738_415_616, UPDATES)
+    assert adapted.parameters == whole.parameters + UPDATES
+    assert whole.state_bytes_per_rank == 18 * WHOLE
+    assert adapted.state_bytes_per_rank == 2 * WHOLE + 18 * UPDATES
+    assert whole.flops_per_step == 6 * whole.parameters * 1024 * 16
+    assert adapted.flops_per_step == (4 * whole.parameters + 6 * UPDATES) * 1024 * 16
+    # What records say is not known before they are read.
+    assert (whole.steps, whole.tokens, whole.tokens_per_parameter, whole.flops) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_what_trains_a_model_further_is_refused_where_its_state_is_too_large(kind: str) -> None:
+    def refused(run: TrainingRun, gpu_memory: int) -> list[tuple[str, bool]]:
+        """Where the stage is refused, and whether an adapter is what helps."""
+        errors = device_errors(run, gpu_memory=gpu_memory)
+        return [(e.field, "adapter.lora" in e.remedy) for e in errors if "stages[4]" in e.field]
+
+    field = f"spec.stages[4].{kind}.parallelism"
+    whole = tuned(kind, compute={"gpusPerNode": 1})
+    adapted = tuned(kind, compute={"gpusPerNode": 1}, adapter={"lora": {}})
+    assert refused(whole, 18 * WHOLE) == []
+    assert refused(whole, 18 * WHOLE - 1) == [(field, True)]
+    assert refused(adapted, 2 * WHOLE + 18 * UPDATES) == []
+    assert refused(adapted, 2 * WHOLE + 18 * UPDATES - 1) == [(field, False)]
+
+
+def test_a_model_that_is_trained_twice_keeps_its_vocabulary() -> None:
+    value = tuned(compute={}).dump()
+    second = copy.deepcopy(value["spec"]["stages"][4])
+    second |= {"name": "again"}
+    second["sft"]["from"]["model"] = "chat"
+    value["spec"]["stages"].append(second)
+    run = parse_run(value)
+    assert run.spec.stages[5].training is not None
+    assert vocab_size(run, run.spec.stages[5].training) == VOCAB

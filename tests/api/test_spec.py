@@ -11,7 +11,7 @@ from headrace_api.base import Cadence, Figures, Quantity, parse_duration
 from headrace_api.contract import ResolvedStage, join_uri
 from headrace_api.faults import ExitCode, FaultClass, Outcome, classify, most_telling
 from headrace_api.model import PRESETS, padded_vocab
-from headrace_api.planning import estimate_pretrain
+from headrace_api.planning import estimate_training
 from headrace_api.run import TrainingRun, as_object
 from headrace_api.stages import KINDS, Pretrain
 from headrace_api.stages.evaluate import meets
@@ -215,9 +215,8 @@ def test_the_vocabulary_has_one_width_for_every_layout():
 
 
 def test_the_estimate_is_six_operations_a_parameter_and_token():
-    estimate = estimate_pretrain(STEP, num_ranks=2, vocab_size=4096, on_gpus=False)
-    tokens = estimate.steps * estimate.tokens_per_step
-    assert estimate.flops == 6 * estimate.parameters * tokens
+    estimate = estimate_training(STEP, STEP.model.architecture, num_ranks=2, vocab_size=4096, on_gpus=False)
+    assert estimate.flops == 6 * estimate.parameters * estimate.tokens
     assert estimate.steps == -(-1_000_000 // (128 * 16))
 
 

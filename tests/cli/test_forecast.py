@@ -1,18 +1,21 @@
 """`plan` lists as skipped what `run` skips: both use the same planner."""
 
+import io
 import json
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from builders import START, ended, failed, make_run, succeeded
+from builders import START, ended, failed, make_run, manifest, succeeded
 from headrace_api.artifact import Artifact, ArtifactFile
 from headrace_api.contract import Progress, ResolvedStage
+from headrace_api.errors import parse_run
 from headrace_api.faults import FaultClass, Outcome
 from headrace_api.run import ConditionType, TrainingRun
-from headrace_cli.forecast import forecast
+from headrace_cli.forecast import forecast, table
 from headrace_cli.local import prepare
 from headrace_operator.brain.observed import LIVE, Attempt, AttemptState, Observed
 from headrace_operator.brain.plan import plan
@@ -187,3 +190,24 @@ def test_plan_and_run_agree_on_what_is_skipped(world, before, skipped):
 def test_a_manifest_that_asks_for_suspension_waits(world):
     world.edit(suspend=True)
     assert {r["action"] for r in forecast(world.run, world.observed())} == {"wait"}
+
+
+def test_an_adapter_is_stated_beside_the_whole_model(tmp_path):
+    value = manifest(*ALL[:4], storage={"uri": str(tmp_path)})
+    block = {"from": {"model": "base"}, "data": {"sources": [{"uri": "/records"}]}}
+    value["spec"]["stages"] += [
+        {"name": "whole", "sft": block},
+        {"name": "small", "dpo": block | {"adapter": {"lora": {"rank": 8}}}},
+    ]
+    run = parse_run(value)
+    rows = {row["stage"]: row for row in forecast(run, Observed(now=START, attempts=()))}
+    whole, small = rows["whole"], rows["small"]
+    assert whole["trainedParameters"] == whole["parameters"] == rows["base"]["parameters"]
+    assert small["trainedParameters"] == 4 * 8 * ((128 + 256) + (128 + 128) + (128 + 768) + (384 + 128))
+    for figure in ("trainedParameters", "stateBytesPerRank", "flopsPerStep"):
+        assert small["withoutAdapter"][figure] == whole[figure] > small[figure]
+    assert not {"steps", "tokens", "flops"} & whole.keys()
+    console = Console(width=500, file=io.StringIO())
+    console.print(table("demo", list(rows.values())))
+    said = " ".join(console.file.getvalue().split())
+    assert "1.9M parameters, of which 65.5k are trained" in said, said

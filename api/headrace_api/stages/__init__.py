@@ -6,7 +6,7 @@ from headrace_api.stages.deploy import Deploy
 from headrace_api.stages.dpo import Dpo
 from headrace_api.stages.evaluate import Evaluate
 from headrace_api.stages.export import Export
-from headrace_api.stages.finetune import Finetune
+from headrace_api.stages.finetune import Adapter, Finetune, Lora, LoraTarget
 from headrace_api.stages.pretrain import Pretrain
 from headrace_api.stages.reward import Reward
 from headrace_api.stages.sft import Sft
@@ -20,6 +20,7 @@ KINDS: dict[str, type[StageConfig]] = {
 
 __all__ = [
     "KINDS",
+    "Adapter",
     "ArtifactKind",
     "Corpus",
     "Deploy",
@@ -28,6 +29,8 @@ __all__ = [
     "Export",
     "Finetune",
     "Inputs",
+    "Lora",
+    "LoraTarget",
     "Pretrain",
     "Reward",
     "RunsAs",

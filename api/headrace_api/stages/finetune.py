@@ -1,10 +1,12 @@
-"""What the stages after pretraining share: a model to start from, records, and how often they are read."""
+"""What the stages after pretraining share: a model to start from, records, how often they are read, and an adapter."""
 
-from typing import Annotated, ClassVar
+from enum import StrEnum
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from headrace_api.base import Part
+from headrace_api.base import FieldError, Part, Spec, rule
+from headrace_api.model import Architecture
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageName
 from headrace_api.stages.data import Data
 from headrace_api.stages.training import Schedule, Training
@@ -19,6 +21,64 @@ class ModelInputs(Inputs):
     """model names the stage whose model is trained further."""
 
 
+class LoraTarget(StrEnum):
+    """A matrix of each layer, by its name in Megatron; in PEFT's names it may be several."""
+
+    QKV = "qkv"
+    """q_proj, k_proj and v_proj."""
+    PROJ = "proj"
+    """o_proj."""
+    FC1 = "fc1"
+    """gate_proj and up_proj."""
+    FC2 = "fc2"
+    """down_proj."""
+
+
+_TWICE = "names a matrix twice; name each once"
+
+
+class Lora(Spec):
+    """Low-rank updates (arXiv 2106.09685): W + alpha / rank B A, where W stays as it is and B begins at 0."""
+
+    rank: int = Field(32, ge=1, le=4096)
+    """rank is the rank of each update."""
+    alpha: float = Field(32.0, gt=0, le=65_536)
+    """alpha scales the updates, by alpha / rank."""
+    targets: list[LoraTarget] = Field(
+        default_factory=lambda: [*LoraTarget],
+        min_length=1,
+        max_length=len(LoraTarget),
+        json_schema_extra={"x-kubernetes-validations": [rule("self.all(t, self.exists_one(u, u == t))", _TWICE)]},
+    )
+    """targets are the matrices of each layer that get an update: qkv (q_proj, k_proj and v_proj, which share one A), proj (o_proj), fc1 (gate_proj and up_proj, which share one A) and fc2 (down_proj); all if unset."""
+
+    def num_parameters(self, arch: Architecture, *, tensor: int = 1) -> int:
+        """Parameters of the updates over all layers, on each of ``tensor`` ranks that share the matrices."""
+        queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        # The side of a matrix that is the residual stream is whole on every rank, the other one is cut.
+        cut = {
+            LoraTarget.QKV: queries + 2 * keys,
+            LoraTarget.PROJ: queries,
+            LoraTarget.FC1: 2 * arch.ffn_hidden_size,
+            LoraTarget.FC2: arch.ffn_hidden_size,
+        }
+        return arch.layers * self.rank * sum(arch.hidden_size + cut[target] // tensor for target in self.targets)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        twice = next((t for t in self.targets if self.targets.count(t) > 1), None)
+        if twice is not None:
+            raise FieldError("targets", twice.value, _TWICE)
+        return self
+
+
+class Adapter(Spec):
+    """What is trained in place of the model's own weights."""
+
+    lora: Lora
+    """lora trains low-rank updates of the matrices."""
+
+
 class Finetune(Training):
     """A stage that trains a model further, on records."""
 
@@ -30,6 +90,8 @@ class Finetune(Training):
     """data is the records."""
     epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
     """epochs is how often each record is read; the number of steps is the samples of all epochs over globalBatchSize, rounded up."""
+    adapter: Adapter | None = None
+    """adapter trains a small addition to the model, which itself stays as it is; if unset, every weight is trained. The stage leaves both the model with the addition merged into it and the adapter alone. A new scalar head is always trained."""
     sequence_length: int = Field(1024, ge=8, le=2**24)
     """sequenceLength is the number of tokens in a sample; longer documents are cut to it, and counted."""
     global_batch_size: int = Field(16, ge=1, le=2**24)

@@ -8,6 +8,7 @@ import pytest
 from headrace_api.model import Architecture
 from headrace_api.parallelism import Layout
 from headrace_api.planning.memory import Batches, Memory, fullest_rank, num_stage_parameters
+from headrace_api.stages import Lora, LoraTarget
 from headrace_api.stages.training import Precision
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, TP2_PP2, gang
 
@@ -25,7 +26,9 @@ def allocated() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, precision: Precision) -> dict[str, Any]:
+def measure(
+    rank: int, world: int, layout: dict[str, int], arch: Architecture, precision: Precision, lora: Lora | None
+) -> dict[str, Any]:
     """One step of training: what stays, and what the first micro-batch saves for its backward pass."""
     import numpy as np
     import torch
@@ -33,6 +36,7 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
     from headrace_api.stages.training import Optimizer, Schedule
     from headrace_trainer.engine.batches import GlobalBatch
     from headrace_trainer.engine.model.build import build_model
+    from headrace_trainer.engine.model.lora import add_adapters
     from headrace_trainer.engine.objective import NextToken
     from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
     from headrace_trainer.engine.parallel import join_gang
@@ -41,6 +45,8 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
     with join_gang(Layout(**layout), rank=rank, seed=1) as ranks:
         before = allocated()
         model = build_model(arch, gang=ranks, vocab_size=VOCAB, sequence_length=LENGTH, precision=precision)
+        if lora is not None:
+            add_adapters(model, lora)
         wrapped, objective = wrap_model(model), NextToken()
         optimizer = build_optimizer(wrapped, Optimizer(), schedule=Schedule(), precision=precision)
         stepper = Stepper(
@@ -78,36 +84,44 @@ def measure(rank: int, world: int, layout: dict[str, int], arch: Architecture, p
         }
 
 
-def planned(layout: dict[str, int], arch: Architecture, precision: Precision, *, sequence_parallel: bool) -> Memory:
+def planned(
+    layout: dict[str, int], arch: Architecture, precision: Precision, lora: Lora | None, *, sequence_parallel: bool
+) -> Memory:
     batches = Batches(sequence_length=LENGTH, micro_batch_size=MICRO_BATCH, num_micro_batches=1)
     return fullest_rank(
         arch, Layout(**layout), vocab_size=VOCAB, precision=precision, batches=batches, fused=False,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=sequence_parallel, lora=lora,
     )  # fmt: skip
 
 
 CASES = [
-    (TP1, SHAPE, Precision.FP32),
-    (TP1, TIED, Precision.BF16),
-    (TP2, SHAPE, Precision.BF16),
-    (DP2, SHAPE, Precision.BF16),
-    (PP2, SHAPE, Precision.FP32),
-    (PP2, TIED, Precision.BF16),
-    pytest.param(TP2_PP2, SHAPE, Precision.BF16, marks=pytest.mark.slow),
+    (TP1, SHAPE, Precision.FP32, None),
+    (TP1, TIED, Precision.BF16, None),
+    (TP2, SHAPE, Precision.BF16, None),
+    (DP2, SHAPE, Precision.BF16, None),
+    (PP2, SHAPE, Precision.FP32, None),
+    (PP2, TIED, Precision.BF16, None),
+    pytest.param(TP2_PP2, SHAPE, Precision.BF16, None, marks=pytest.mark.slow),
+    (TP1, SHAPE, Precision.FP32, Lora(rank=16)),
+    (TP1, TIED, Precision.BF16, Lora(rank=16, targets=[LoraTarget.QKV, LoraTarget.PROJ])),
+    (TP2, SHAPE, Precision.BF16, Lora(rank=64)),
+    (PP2, TIED, Precision.BF16, Lora(rank=16)),
 ]
 
 
-@pytest.mark.parametrize(("layout", "arch", "precision"), CASES)
+@pytest.mark.parametrize(("layout", "arch", "precision", "lora"), CASES)
 def test_the_plan_is_what_the_fullest_rank_allocates(
-    layout: dict[str, int], arch: Architecture, precision: Precision
+    layout: dict[str, int], arch: Architecture, precision: Precision, lora: Lora | None
 ) -> None:
     world = layout["tensor"] * layout["pipeline"] * layout["data"]
-    ended = gang(measure, world, layout, arch, precision)
+    ended = gang(measure, world, layout, arch, precision, lora)
     assert not any(e.error for e in ended), ended
     found = [e.value for e in ended]
     for rank in found:
-        assert rank["parameters"] == num_stage_parameters(arch, Layout(**layout), stage=rank["stage"], vocab_size=VOCAB)
-    plan = planned(layout, arch, precision, sequence_parallel=found[0]["sequence_parallel"])
+        added = lora.num_parameters(arch, tensor=layout["tensor"]) // layout["pipeline"] if lora is not None else 0
+        own = num_stage_parameters(arch, Layout(**layout), stage=rank["stage"], vocab_size=VOCAB)
+        assert rank["parameters"] == own + added
+    plan = planned(layout, arch, precision, lora, sequence_parallel=found[0]["sequence_parallel"])
     fullest = max(found, key=lambda rank: rank["state"] + rank["saved"])
     # A stage holds on to the last tensors that it was sent and sent back.
     passed = 2 * LENGTH * MICRO_BATCH * arch.hidden_size * 4 if layout["pipeline"] > 1 else 0

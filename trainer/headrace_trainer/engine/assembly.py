@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace_api.artifact import resume_identity
-from headrace_api.stages import Training
+from headrace_api.stages import Finetune, Training
 from headrace_trainer.engine.batches import Batches, Samples
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import Head, build_model
+from headrace_trainer.engine.model.lora import add_adapters, fill_adapters
 from headrace_trainer.engine.objective import Objective
 from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
 from headrace_trainer.engine.parallel import Gang
@@ -63,6 +64,10 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
         fp8_recipe=config.fp8_recipe,
         head=task.head,
     )
+    adapter = config.adapter if isinstance(config, Finetune) else None
+    if adapter is not None:
+        task.fill(model)
+        add_adapters(model, adapter.lora)
     wrapped = wrap_model(model)
     optimizer = build_optimizer(wrapped, config.optimizer, schedule=config.schedule, precision=config.precision)
     rows, row_length = objective.shape(config.micro_batch_size, config.sequence_length)
@@ -77,7 +82,10 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
     )
 
     def start() -> None:
-        task.fill(model)
+        if adapter is None:
+            task.fill(model)
+        else:
+            fill_adapters(model, seed=ctx.resolved.seed)
         optimizer.reload_model_params()  # its fp32 weights are copies
 
     def batches(samples: Samples) -> Batches:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from headrace_api.model import padded_vocab
 from headrace_api.stages import Finetune
+from headrace_trainer.engine.adapter_files import write_adapter
 from headrace_trainer.engine.assembly import final_metrics, leave_model
 from headrace_trainer.engine.batches import Samples
 from headrace_trainer.engine.checkpoint.state import load_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import Head, build_model
+from headrace_trainer.engine.model.lora import merge_adapters
 from headrace_trainer.engine.model.scalar_head import load_language_model
 from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.parallel import Gang
@@ -26,7 +28,13 @@ from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat import Encoder, with_chat_template
 from headrace_trainer.formats.chat.tokens import load
 from headrace_trainer.formats.dataset import Dataset, load_dataset
-from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, TOKENIZER_FOLDER, ModelCard, read_card
+from headrace_trainer.formats.model_card import (
+    ADAPTER_FOLDER,
+    CHECKPOINT_FOLDER,
+    TOKENIZER_FOLDER,
+    ModelCard,
+    read_card,
+)
 from headrace_trainer.formats.preview import preview
 from headrace_trainer.formats.records import Shape
 from headrace_trainer.formats.tokenizer import load_tokenizer
@@ -135,13 +143,32 @@ def leave_finetuned(ctx: StageContext, loop: Loop, start: Start) -> dict[str, fl
     Returns:
         The figures that the stage ends with.
     """
+    config, model = ctx.config, loop.state.model
+    assert isinstance(config, Finetune)
+    trained: dict[str, float] = {}
+    if config.adapter is not None:
+        lora = config.adapter.lora
+        write_adapter(
+            ctx.output / ADAPTER_FOLDER,
+            model,
+            lora=lora,
+            card=start.card,
+            gang=loop.gang,
+            with_vocabulary=start.card.vocab_size > read_card(start.model).vocab_size,
+        )
+        merge_adapters(model)
+        trained["trainedParameters"] = float(lora.num_parameters(start.card.architecture))
     leave_model(ctx.output, loop, start.card)
     if loop.gang.is_first:
         shutil.copytree(start.tokenizer, ctx.output / TOKENIZER_FOLDER, dirs_exist_ok=True)
         (ctx.output / DATA_REPORT).write_text(json.dumps(start.dataset.report, indent=1))
         (ctx.output / EXAMPLES).write_text(preview(start.dataset.train, load(start.tokenizer)))
-    return final_metrics(loop, start.card) | {
-        "recordsIn": float(len(start.dataset.train)),
-        "badRecords": float(sum(sum(s["bad"].values()) for s in start.dataset.report["sources"])),
-        "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
-    }
+    return (
+        final_metrics(loop, start.card)
+        | trained
+        | {
+            "recordsIn": float(len(start.dataset.train)),
+            "badRecords": float(sum(sum(s["bad"].values()) for s in start.dataset.report["sources"])),
+            "truncated": float(sum(s["truncated"] for s in start.dataset.report["sources"])),
+        }
+    )

@@ -8,6 +8,7 @@ from headrace_api.stages.training import Precision
 
 MODEL_FILE = "model.json"
 CHECKPOINT_FOLDER = "checkpoint"
+ADAPTER_FOLDER = "adapter"
 TOKENIZER_FOLDER = "tokenizer"
 HISTORY_FILE = "history.jsonl"
 

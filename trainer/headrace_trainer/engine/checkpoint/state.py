@@ -5,7 +5,7 @@ each writes ``__<rank>_*.distcp`` into its own folder of that name, rank 0 also 
 ``.metadata`` and ``metadata.json``. ``checkpointer`` commits the folder.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from headrace_trainer.engine.device.megatron import (
     TorchDistSaveShardedStrategy,
     apply_factories,
     dist_checkpointing,
+    get_attr_wrapped_model,
     get_default_load_sharded_strategy,
     nested_values,
     parallel_state,
@@ -48,7 +49,7 @@ _MODEL_FORM = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What training changes."""
+    """What training changes: frozen weights are no part of it, the stage gets them where it got them at first."""
 
     model: MegatronModule
     """This rank's part, without the wrapper for training."""
@@ -229,7 +230,7 @@ def load_state(state: TrainState, files: CheckpointFiles) -> str | None:
     try:
         files.need(SHARED_FILES)
         loaded = _read(_sharded(state), files.folder, FetchingLoadStrategy(files))
-        state.model.load_state_dict(loaded["model"])
+        load_partly(state.model, loaded["model"], lacking=_frozen_names(state.model))
         state.optimizer.load_state_dict(loaded["optimizer"])
     except (StorageError, torch.OutOfMemoryError):
         raise
@@ -251,8 +252,28 @@ def load_weights(model: MegatronModule, folder: Path) -> None:
     model.load_state_dict(loaded["model"])
 
 
+def load_partly(model: MegatronModule, state: Mapping[str, Any], *, lacking: Collection[str]) -> None:
+    """Set the weights that ``state`` has. It must have all but those that are named, and no others.
+
+    Args:
+        model: not wrapped for training.
+        state: name -> tensor.
+        lacking: names of weights that stay as they are.
+    """
+    module = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
+    found = module.load_state_dict(state, strict=False)
+    wrong = [*found.unexpected_keys, *(set(found.missing_keys) - set(lacking))]
+    assert not wrong, wrong
+
+
+def _frozen_names(model: MegatronModule) -> set[str]:
+    module = get_attr_wrapped_model(model, "pre_process", return_model_obj=True)
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
 def _sharded(state: TrainState) -> dict[str, Any]:
-    model = _sharded_model(state.model)
+    sharded = _sharded_model(state.model)
+    model = {name: entry for name, entry in sharded.items() if not _is_frozen(getattr(entry, "data", None))}
     return {
         "model": model,
         "moments": sharded_moments(state.optimizer, model),
@@ -271,6 +292,10 @@ def _uncopied(sharded: dict[str, Any]) -> dict[str, Any]:
         if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu":
             entry.data = torch.from_dlpack(entry.data.detach())
     return sharded
+
+
+def _is_frozen(data: object) -> bool:
+    return isinstance(data, torch.nn.Parameter) and not data.requires_grad
 
 
 def _sharded_model(model: MegatronModule) -> dict[str, Any]:

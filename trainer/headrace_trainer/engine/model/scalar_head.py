@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from headrace_trainer.engine.checkpoint.state import load_weights
+from headrace_trainer.engine.checkpoint.state import load_partly, load_weights
 from headrace_trainer.engine.device.megatron import (
     MegatronModule,
     ShardedTensor,
@@ -96,6 +96,4 @@ class _WithoutHead:
         return {name: entry for name, entry in sharded.items() if name != _PLACE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        found = self._model.load_state_dict(state, strict=False)
-        wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if not name.endswith(_PLACE))]
-        assert not wrong, wrong
+        load_partly(self._model, state, lacking=(_PLACE,))

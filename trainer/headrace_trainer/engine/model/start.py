@@ -29,15 +29,16 @@ def fill_start_weights(model: MegatronModule, architecture: Architecture, *, see
     Norms start at 1, matrices are normal with ``init_std``; those that write to the residual stream are scaled down by
     the root of twice the number of layers (GPT-2, section 2.3 of its report). A scalar head has a width of its own.
     """
-    for shard in _shards(model):
+    for shard in shards(model):
         if "norm" in shard.key:
             shard.data.fill_(1.0)
         else:
-            part = _draw(shard, seed=seed).mul_(_std(shard.key, architecture))
+            part = draw(shard, seed=seed).mul_(_std(shard.key, architecture))
             shard.data.copy_(part.reshape(shard.data.shape))
 
 
-def _shards(model: MegatronModule) -> Iterator[ShardedTensor]:
+def shards(model: MegatronModule) -> Iterator[ShardedTensor]:
+    """This rank's part of each tensor of a model, with its place in the whole; ``data`` is a view of the parameter."""
     state = model.sharded_state_dict()
     # Fused matrices become their pieces, whose .data are views of the parameter.
     apply_factories(state)
@@ -52,7 +53,7 @@ def _std(key: str, architecture: Architecture) -> float:
     return architecture.init_std
 
 
-def _draw(shard: ShardedTensor, *, seed: int) -> torch.Tensor:
+def draw(shard: ShardedTensor, *, seed: int) -> torch.Tensor:
     """This rank's part of a matrix of standard normal numbers, in fp32 on the CPU."""
     layer, (num_rows, num_columns) = shard.global_offset[:-2], shard.global_shape[-2:]
     first_row, first_column = shard.global_offset[-2:]
