@@ -40,7 +40,7 @@ import torch
 from benchmarks.training import ONE_RANK, Training, opened
 from headrace_api.model import Architecture
 from headrace_api.parallelism import Layout
-from headrace_api.stages.pretrain import Checkpointing, Precision
+from headrace_api.stages.training import Checkpointing, Precision
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.formats.model_card import HISTORY_FILE
 from headrace_trainer.storage import DirectoryStore

@@ -119,7 +119,7 @@ def test_a_server_is_suspended_with_nothing_left_of_what_it_did_or_waited_for():
     it = serving(restartPolicy={"maxInfraRestarts": 5})
     it.change(suspend=True)
     it.step()
-    assert it.run.status.phase_message == "Stopping: attempt 1 saves and ends, as suspend asks"
+    assert it.run.status.phase_message == "Stopping: attempt 1 saves and exits, as suspend asks"
     it.end(failed(FaultClass.STOPPED))
     status = it.status("serve")
     assert (status.state, status.finished_at, status.endpoint) == (StageState.SUSPENDED, None, None)
