@@ -417,3 +417,12 @@ def test_a_server_that_failed_for_good_is_taken_down():
     it.end(failed(FaultClass.USER, message="no such engine"))
     assert it.run.status.condition(ConditionType.FAILED)
     assert (it.stopped(), it.started()) == ([("serve", 1)], [])
+
+
+def test_only_the_last_of_the_servers_that_failed_is_taken_down():
+    it = body("corpus", "tok", "tokens", "base", "ship", "serve", restartPolicy={"maxUserRestarts": 1})
+    for digest in "ctsbx":
+        it.end(succeeded(digest))
+    for _ in range(2):
+        it.end(failed(FaultClass.USER, message="no such engine"))
+    assert (it.stopped(), it.started()) == ([("serve", 2)], []), "the pods of the others are kept for their logs"
