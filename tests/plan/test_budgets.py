@@ -136,7 +136,7 @@ def test_a_failed_stage_that_is_run_again_has_its_whole_budget_and_the_total_sta
     assert (it.state("base"), it.run.status.restarts) == (StageState.FAILED, 4)
 
 
-@pytest.mark.parametrize(("served_seconds", "survives"), [(30, False), (601, True)])
+@pytest.mark.parametrize(("served_seconds", "survives"), [(30, False), (599, False), (600, True)])
 def test_a_server_gets_its_restarts_back_by_answering_for_ten_minutes(served_seconds, survives):
     it = body("corpus", "tok", "tokens", "base", "ship", "serve", restartPolicy={"maxInfraRestarts": 2})
     for digest in "ctsbx":

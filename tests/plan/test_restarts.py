@@ -166,6 +166,17 @@ def test_an_attempt_that_was_refused_in_part_is_stopped_before_the_next_starts()
     assert it.run.status.restarts == 1
 
 
+def test_attempts_that_nobody_knows_of_end_first_and_are_named():
+    it = body("corpus")
+    for number in (5, 6):
+        stranger = replace(it.attempts["corpus", 1], number=number, uid=f"stranger-{number}")
+        it.attempts["corpus", number] = stranger
+    it.step()
+    assert (it.stopped(), it.started()) == ([("corpus", 5), ("corpus", 6)], [])
+    assert it.run.status.phase_message == "Stopping: attempt 5 and 6 saves and exits"
+    assert it.run.status.restarts == 0
+
+
 def test_waiting_for_a_node_takes_any_time_and_is_said():
     it = body("corpus")
     it.see(state=AttemptState.PENDING, held=Held(reason="Unschedulable", message="0/4 nodes have room"))

@@ -286,5 +286,5 @@ def updated(status: StageStatus, **changes: object) -> StageStatus:
 
 
 def seconds_until(due: datetime, *, now: datetime) -> float:
-    """Seconds until ``due``; 0 if it has passed."""
-    return max(0.0, (due - now).total_seconds())
+    """Seconds until ``due``, which is ahead."""
+    return (due - now).total_seconds()

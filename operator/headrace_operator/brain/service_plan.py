@@ -68,7 +68,7 @@ class Service(Decision):
 
     def charge(self, status: StageStatus, outcome: Outcome) -> StagePlan:
         """Charge a failure; a server that had served for long enough gets its budget back first."""
-        since = status.finished_at if status.state is StageState.SUCCEEDED else None
+        since = status.finished_at  # unset until it serves
         if since is not None and (self.observed.now - since).total_seconds() >= _SERVED_SECONDS:
             status = with_fresh_budgets(status)
         said = outcome if outcome.fault is not None else _ENDED_BY_ITSELF
