@@ -166,6 +166,12 @@ def test_an_attempt_that_was_refused_in_part_is_stopped_before_the_next_starts()
     assert it.run.status.restarts == 1
 
 
+def test_what_was_refused_in_part_is_taken_down_when_the_budget_is_spent():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 0})
+    it.refuse(REFUSED, in_part=True)
+    assert (it.state("corpus"), it.stopped()) == (StageState.FAILED, [("corpus", 1)])
+
+
 def test_attempts_that_nobody_knows_of_end_first_and_are_named():
     it = body("corpus")
     for number in (5, 6):

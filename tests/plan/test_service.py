@@ -1,8 +1,11 @@
 """Servers: they roll over, wait for capacity, and stay up while unrelated stages change."""
 
+from dataclasses import replace
+from datetime import timedelta
+
 import pytest
 
-from builders import STAGES, failed, succeeded
+from builders import STAGES, START, failed, succeeded
 from headrace_api.faults import FaultClass
 from headrace_api.run import ConditionType, StageState
 from headrace_operator.brain.observed import AttemptState, Held
@@ -113,6 +116,42 @@ def test_a_new_server_that_cannot_start_takes_no_old_one_down():
     it.report(phase="Serving", endpoint=HERE)
     assert it.run.status.condition(ConditionType.COMPLETE)
     assert ("serve", 1) in it.stopped()
+
+
+def starting(*later: str, **spec: object) -> Body:
+    """A run whose server starts."""
+    it = body("corpus", "tok", "tokens", "base", "ship", "serve", *later, **spec)
+    for digest in "ctsbx":
+        it.end(succeeded(digest))
+    return it
+
+
+def test_a_stage_after_a_server_begins_once_that_answers_and_goes_on_while_it_is_drained():
+    it = starting("eval")
+    assert it.started() == [("serve", 1)]
+    it.report(phase="Serving", endpoint=HERE)
+    assert it.started() == [("serve", 1), ("eval", 1)]
+    drained = replace(it.attempts["serve", 1], state=AttemptState.PENDING, held=NO_ROOM, progress=None)
+    it.attempts["serve", 1] = drained
+    it.step()
+    assert (it.started(), it.stopped()) == ([("serve", 1), ("eval", 1)], [])
+
+
+def test_a_server_that_loads_goes_on_doing_so_when_a_new_leader_has_no_report_yet():
+    it = starting()
+    it.step()
+    assert it.run.status.summary == "Starting" and it.run.status.phase_message.startswith("Starting: ")
+    it.report(phase="Loading")
+    it.see(progress=None)
+    assert (it.run.status.summary, it.run.status.phase_message) == ("Running", None)
+
+
+def test_a_server_that_could_never_start_is_taken_down_when_its_budget_is_spent():
+    it = starting(restartPolicy={"maxInfraRestarts": 0})
+    since = START + timedelta(seconds=it.seconds)
+    it.see(state=AttemptState.PENDING, held=Held(reason="ErrImagePull", message="no such image", since=since))
+    it.step(after_seconds=600)
+    assert (it.state("serve"), it.stopped()) == (StageState.FAILED, [("serve", 1)])
 
 
 def test_a_server_is_suspended_with_nothing_left_of_what_it_did_or_waited_for():
