@@ -81,8 +81,12 @@ def train_and_move(rank: int, world: int, layout: dict[str, int], folder: Path, 
         found = {"scores": scores(stepper.model, batches).tolist(), "first": gradient_step(stepper, batches)}
         stepper.update(learning_rate=1e-3, gradient_norm=found["first"]["norm"])
         stepper.gather_weights()
+        folder.mkdir(exist_ok=True)
         write = StateWriter(state(stepper)).begin(folder)
-        write.finish(write.write())
+        written = ranks.gather(write.write())
+        if ranks.is_first:
+            write.finish(written)
+        ranks.barrier()
         found["second"] = gradient_step(stepper, batches)
         if other is not None:
             resumed = stepper_from(99)
