@@ -16,6 +16,7 @@ from rich.text import Text
 
 from headrace_api.people import people_bytes, people_count, people_time
 from headrace_api.run import ConditionType, RunStatus, StageState, StageStatus, TrainingRun
+from headrace_api.stages.evaluate import EXACT_MATCH
 from headrace_cli.live import INTERRUPTED, Seen
 from headrace_operator.brain.active_time import active_seconds
 from headrace_operator.brain.plan import Event
@@ -31,8 +32,6 @@ _FIGURES = {
     "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
 }
 """Display name of a metric -> its key and format. A metric that no stage has gets no column."""
-_SETS = {"exactMatch/": ("right: ", "{:.1%}")}
-"""Prefix of the metrics of question sets -> display prefix and format."""
 _MARKS = {
     StageState.PENDING: ("·", "dim"),
     StageState.WAITING: ("·", "yellow"),
@@ -218,12 +217,7 @@ def _figures(status: RunStatus) -> dict[str, tuple[str, str]]:
     """The figures that some stage of the run has: those in ``_FIGURES``, and one per question set."""
     keys = {key: None for stage in status.stages for key in stage.metrics}
     plain = {name: (key, form) for name, (key, form) in _FIGURES.items() if key in keys}
-    sets = {
-        f"{said}{key.removeprefix(prefix)}": (key, form)
-        for prefix, (said, form) in _SETS.items()
-        for key in keys
-        if key.startswith(prefix)
-    }
+    sets = {f"right: {key.removeprefix(EXACT_MATCH)}": (key, "{:.1%}") for key in keys if key.startswith(EXACT_MATCH)}
     return plain | sets
 
 

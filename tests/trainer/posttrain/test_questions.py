@@ -28,7 +28,7 @@ def questions(*, right: str = "blue") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return pretrained(tmp_path_factory.mktemp("base"), steps=4)
+    return pretrained(tmp_path_factory.mktemp("base"), steps=10)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def tuned(base: Base, tmp_path_factory: pytest.TempPathFactory) -> ArtifactRef:
     """A model that has learned to answer "blue" to everything."""
     folder = tmp_path_factory.mktemp("tuned")
     rows = [{"messages": row["prompt"] + row["completion"]} for row in questions() * 40]
-    fields: dict[str, Any] = {"schedule": {"learningRate": 1e-2}, "packing": False}
+    fields: dict[str, Any] = {"schedule": {"learningRate": 1e-2}, "packing": False, "epochs": 1}
     config = block(write_records(folder / "chat.jsonl", rows), **fields)
     del config["data"]["validation"]
     stage = resolved(base.storage, "sft", {"sft": config}, inputs={"model": base.model})

@@ -17,7 +17,7 @@ from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.sampling import Sampling
 from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat import Encoded, Encoder
-from headrace_trainer.formats.model_card import TOKENIZER_FOLDER, ModelCard
+from headrace_trainer.formats.model_card import ModelCard
 from headrace_trainer.formats.records import BadRecord, CompletionRecord, PromptRecord, Shape, find_source, read_records
 from headrace_trainer.formats.records.shapes import Text
 
@@ -31,6 +31,17 @@ class Question:
     text: str
     right: str
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question set, read and encoded."""
+
+    metric: str
+    questions: Sequence[Question]
+    max_tokens: int
+    """The longest answer, in tokens."""
+    encoder: Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +60,11 @@ class Answered:
         return self.ended and self.said.strip() == self.right.strip()
 
 
-def read_questions(
-    questions: QuestionSet, encoder: Encoder, *, field: str, storage: Storage, scratch: Path
-) -> list[Question]:
+def read_questions(named: QuestionSet, encoder: Encoder, *, field: str, storage: Storage, scratch: Path) -> Asked:
     """Read the questions of a set.
 
     Args:
-        questions: the set.
+        named: the set.
         encoder: encodes for the model.
         field: the field of the set's address in the manifest.
         storage: the S3 endpoint and region.
@@ -64,12 +73,13 @@ def read_questions(
     Raises:
         UserError: there are no questions, or one is unusable or longer than the model's context.
     """
-    source = find_source(questions.uri, storage, field=field)
+    source = find_source(named.uri, storage, field=field)
+    scratch.mkdir(parents=True, exist_ok=True)
     records = list(read_records(source, storage, allowed={Shape.COMPLETION}, scratch=scratch))
     found = list(_encoded(records, encoder))
     if not found:
         raise UserError(f"{source.name}: holds no questions; write records with prompt and completion")
-    return found
+    return Asked(metric=named.metric, questions=found, max_tokens=named.max_tokens, encoder=encoder)
 
 
 def _encoded(records: Sequence[Any], encoder: Encoder) -> Iterator[Question]:
@@ -95,38 +105,29 @@ def _plain(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(turn.get("content", "") for turn in text)
 
 
-def answers(
-    model: Any, questions: Sequence[Question], encoder: Encoder, card: ModelCard, *,
-    max_tokens: int, gang: Gang, tell: Callable[[int], None],
-) -> list[Answered]:  # fmt: skip
+def answers(model: Any, asked: Asked, card: ModelCard, *, gang: Gang, tell: Callable[[int], None]) -> list[Answered]:
     """The model's answer to each question. Every rank calls it.
 
     Args:
         model: from ``load_model``.
-        questions: the questions.
-        encoder: encodes for the model.
+        asked: the questions.
         card: holds the tokens that end an answer.
-        max_tokens: the longest answer, in tokens.
         gang: this rank's place.
         tell: called with the number of questions answered so far.
     """
     stops = frozenset(card.stop_ids or (card.eod_id,))
-    sampling = Sampling(max_new_tokens=max_tokens, temperature=0, stop_tokens=stops)
+    sampling = Sampling(max_new_tokens=asked.max_tokens, temperature=0, stop_tokens=stops)
+    questions, tokenizer = asked.questions, asked.encoder.tokenizer
     found: list[Answered] = []
     for first in range(0, len(questions), _AT_ONCE):
         batch = questions[first : first + _AT_ONCE]
         prompts = [Prompt(id=str(first + i), tokens=question.tokens) for i, question in enumerate(batch)]
         for question, completion in zip(batch, generate(model, prompts, sampling, gang=gang), strict=True):
-            said = encoder.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+            said = tokenizer.decode(completion.tokens, skip_special_tokens=True)
             ended = completion.stopped
-            if encoder.tokenizer.chat_template is None:
+            if tokenizer.chat_template is None:
                 said, line_end, _ = said.partition("\n")
                 ended = ended or bool(line_end)
             found.append(Answered(question=question.text, right=question.right, said=said, ended=ended))
         tell(first + len(batch))
     return found
-
-
-def encoder_of(trained: Path, card: ModelCard) -> Encoder:
-    """The encoder for a model's questions."""
-    return Encoder(trained / TOKENIZER_FOLDER, sequence_length=card.sequence_length)

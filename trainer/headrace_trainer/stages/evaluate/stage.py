@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace_api.stages import Evaluate
-from headrace_api.stages.evaluate import QuestionSet, meets
+from headrace_api.stages.evaluate import meets
 from headrace_trainer.engine.model.loading import load_model
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.errors import Stopped, UserError
+from headrace_trainer.formats.chat import Encoder
 from headrace_trainer.formats.model_card import HISTORY_FILE, TOKENIZER_FOLDER, ModelCard, read_card
 from headrace_trainer.formats.shards.manifest import UNIGRAM_FILE, Manifest
 from headrace_trainer.formats.shards.reader import TokenDataset
@@ -22,7 +23,7 @@ from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.evaluate.curve import CURVE_FILE, draw_curve
 from headrace_trainer.stages.evaluate.losses import evaluation_layout, token_losses
 from headrace_trainer.stages.evaluate.measures import bits_per_byte, perplexity
-from headrace_trainer.stages.evaluate.questions import Answered, Question, answers, encoder_of, read_questions
+from headrace_trainer.stages.evaluate.questions import Answered, Asked, answers, read_questions
 from headrace_trainer.stages.evaluate.report import choose_examples, write_report
 from headrace_trainer.stages.evaluate.unigram import unigram_losses
 
@@ -78,7 +79,7 @@ class Measured:
 
 def _measure(ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDataset, *, num_windows: int) -> Measured:
     """Losses and answers, with the model split over all ranks."""
-    axes, asked = evaluation_layout(card, num_ranks=ctx.world), _read_questions(ctx, card, trained)
+    axes, exam = evaluation_layout(card, num_ranks=ctx.world), _read_exam(ctx, card, trained)
     with join_gang(
         axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=ctx.resolved.stage.compute.ranks
     ) as ranks:
@@ -92,38 +93,25 @@ def _measure(ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDa
         return Measured(
             losses_NT=token_losses(model, samples, gang=ranks, num_windows=num_windows, tell=tell),
             answers={
-                questions.metric: answers(
-                    model,
-                    found,
-                    encoder_of(trained, card),
-                    card,
-                    max_tokens=questions.max_tokens,
-                    gang=ranks,
-                    tell=partial(tell, total=len(found), unit="questions"),
+                asked.metric: answers(
+                    model, asked, card, gang=ranks, tell=partial(tell, total=len(asked.questions), unit="questions")
                 )
-                for questions, found in asked
+                for asked in exam
             },
         )
 
 
-def _read_questions(ctx: StageContext, card: ModelCard, trained: Path) -> list[tuple[QuestionSet, list[Question]]]:
+def _read_exam(ctx: StageContext, card: ModelCard, trained: Path) -> list[Asked]:
+    """The question sets of the stage."""
     config = ctx.config
     assert isinstance(config, Evaluate)
     if not config.exact_match:
         return []
-    encoder = encoder_of(trained, card)
+    encoder = Encoder(trained / TOKENIZER_FOLDER, sequence_length=card.sequence_length)
+    storage, scratch = ctx.resolved.storage, ctx.scratch / f"questions-{ctx.rank}"
     return [
-        (
-            questions,
-            read_questions(
-                questions,
-                encoder,
-                field=f"evaluate.exactMatch[{i}].uri",
-                storage=ctx.resolved.storage,
-                scratch=ctx.scratch / f"questions-{ctx.rank}",
-            ),
-        )
-        for i, questions in enumerate(config.exact_match)
+        read_questions(named, encoder, field=f"evaluate.exactMatch[{i}].uri", storage=storage, scratch=scratch)
+        for i, named in enumerate(config.exact_match)
     ]
 
 
