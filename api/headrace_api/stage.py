@@ -49,15 +49,15 @@ def _gang_rules(kind: str) -> Iterator[JsonSchema]:
     per_pass = f"({block}.microBatchSize * ({_WORLD} / {replica}))"
     yield rule(
         f"!has({block}) || {_WORLD} % {replica} == 0",
-        "parallelism.tensor x parallelism.pipeline must divide the ranks of the gang, compute.nodes x compute.ranksPerNode",
+        f"{kind}.parallelism.tensor x pipeline must divide the ranks of the gang, compute.nodes x compute.ranksPerNode",
     )
     yield rule(
         f"!has({block}) || {_WORLD} % {replica} != 0 || {block}.globalBatchSize % {per_pass} == 0",
-        "globalBatchSize must be a multiple of microBatchSize x data ranks (ranks / tensor / pipeline)",
+        f"{kind}.globalBatchSize must be a multiple of microBatchSize x data ranks (ranks / tensor / pipeline)",
     )
     yield rule(
         f"!has({block}) || {block}.precision != 'fp8' || self.compute.gpusPerNode > 0",
-        "precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
+        f"{kind}.precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
     )
 
 

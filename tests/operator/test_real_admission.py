@@ -36,6 +36,36 @@ RUNTIME: Json = {
 COUNT = 2_500
 NOTHING: Any = object()
 
+_SHARED = "the ranks that share the model of an evaluate, sft or reward or dpo stage must divide its"
+_TUNED: Json = {"from": {"model": "base"}, "data": {"sources": [{"uri": "/records"}]}}
+
+
+def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
+    """The cases of a stage that trains a model further."""
+
+    def tuned(compute: Json | None = None, **fields: Json) -> Json:
+        return {"stages.tuned": {"compute": compute or {}, kind: {**_TUNED, **fields}}}
+
+    def data(**fields: Json) -> Json:
+        return tuned(data={**_TUNED["data"], **fields})
+
+    place = f"spec.stages[].{kind}"
+    return {
+        ("spec", f"{kind}.data.sources.uri and"): data(sources=[{"uri": "records.jsonl"}]),
+        ("spec", f"{kind}.from.model must name"): tuned(**{"from": {"model": "tokens"}}),
+        ("spec.stages[]", f"{kind}.parallelism.tensor x"): tuned({"ranksPerNode": 3}, parallelism={"tensor": 2}),
+        ("spec.stages[]", f"{kind}.globalBatchSize must"): tuned(microBatchSize=3),
+        ("spec.stages[]", f"{kind}.precision fp8"): tuned(precision="fp8"),
+        (f"{place}.schedule", "minLearningRate must"): tuned(schedule={"minLearningRate": 1}),
+        (f"{place}.checkpoint.every", "must be above 0"): tuned(checkpoint={"every": "0s"}),
+        (f"{place}.data.sources[].uri", "only S3"): data(sources=[{"uri": "gs://bucket/records"}]),
+        (f"{place}.data.validation", "set either uri"): data(validation={"uri": "/records", "fraction": 0.1}),
+        (f"{place}.data.validation", "format is of"): data(validation={"fraction": 0.1, "format": "jsonl"}),
+        (f"{place}.data.validation.uri", "only S3"): data(validation={"uri": "gs://bucket/records"}),
+        (f"{place}.adapter.lora.targets", "names a matrix twice"): tuned(adapter={"lora": {"targets": ["qkv", "qkv"]}}),
+    }
+
+
 CASES: dict[tuple[str, str], Json] = {
     ("", "the run's name and a stage's name"): {"metadata.name": "r" * 40, "stages.serve.name": "s" * 9},
     ("", "metadata.name has two hyphens in a row"): {"metadata.name": "two--hyphens"},
@@ -55,8 +85,11 @@ CASES: dict[tuple[str, str], Json] = {
         "stages.base.pretrain.model": {"preset": "llama-nano", "hiddenSize": 160, "heads": 16, "kvHeads": 16},
         "stages.eval.compute": {"ranksPerNode": 16},
     },
-    ("spec", "compute.ranksPerNode of an evaluate stage must divide its model's kvHeads"): {"stages.eval.compute": {"ranksPerNode": 4}},
-    ("spec", "compute.ranksPerNode of an evaluate stage must divide its model's ffnHiddenSize"): {
+    ("spec", f"{_SHARED} kvHeads"): {"stages.eval.compute": {"ranksPerNode": 4}},
+    ("spec", f"{_SHARED} layers"): {
+        "stages.tuned": {"compute": {"ranksPerNode": 3}, "sft": {**_TUNED, "parallelism": {"pipeline": 3}, "globalBatchSize": 3}},
+    },
+    ("spec", f"{_SHARED} ffnHiddenSize"): {
         "stages.base.pretrain.model": {"preset": "llama-nano", "ffnHiddenSize": 383},
         "stages.base.compute": {},
         "stages.base.pretrain.parallelism": {},
@@ -71,9 +104,9 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.stages[]", "a stage has exactly one typed block"): {"stages.serve.deploy": NOTHING},
     ("spec.stages[]", "compute.nodes must be 1"): {"stages.tok.compute": {"nodes": 2}},
     ("spec.stages[]", "compute.ranksPerNode must be 1"): {"stages.ship.compute": {"gpusPerNode": 2}},
-    ("spec.stages[]", "parallelism.tensor x parallelism.pipeline must divide"): {"stages.base.compute": {"ranksPerNode": 3}},
-    ("spec.stages[]", "globalBatchSize must be a multiple"): {"stages.base.pretrain.microBatchSize": 5},
-    ("spec.stages[]", "precision fp8 needs GPUs"): {"stages.base.pretrain.precision": "fp8"},
+    ("spec.stages[]", "pretrain.parallelism.tensor x pipeline must divide"): {"stages.base.compute": {"ranksPerNode": 3}},
+    ("spec.stages[]", "pretrain.globalBatchSize must be a multiple"): {"stages.base.pretrain.microBatchSize": 5},
+    ("spec.stages[]", "pretrain.precision fp8 needs GPUs"): {"stages.base.pretrain.precision": "fp8"},
     ("spec.stages[].compute", "ranksPerNode must be at most gpusPerNode"): {"stages.base.compute": {"gpusPerNode": 2, "ranksPerNode": 4}},
     ("spec.stages[].compute.cpu", "write a number of CPUs"): {"stages.tok.compute": {"cpu": "0.0"}},
     ("spec.stages[].compute.memory", "must be at least 1"): {"stages.tok.compute": {"memory": "0Gi"}},
@@ -115,6 +148,10 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec", "evaluate.exactMatch.uri"): {"stages.eval.evaluate.exactMatch": [{"name": "a", "uri": "questions.jsonl"}]},
     ("spec.trainer.gpuMemory", "must be at least 1"): {"trainer.gpuMemory": "0Gi"},
     ("spec.trainer.gpuMemory", "must be at most"): {"trainer.gpuMemory": "1001T"},
+    ("spec.stages[].dpo", "labelSmoothing is of"): {"stages.tuned": {"dpo": {**_TUNED, "labelSmoothing": 0.1}}},
+    **_fine_tuning("sft"),
+    **_fine_tuning("reward"),
+    **_fine_tuning("dpo"),
 }  # fmt: skip
 """Where a rule stands and how its message begins -> what to change in a good manifest, so that this rule alone refuses it."""
 
@@ -152,8 +189,11 @@ def _changed(changes: Json, *, value: Json) -> Json:
         if new is NOTHING:
             del node[last]
         elif isinstance(node, list):
-            i = next(i for i, s in enumerate(node) if s["name"] == last)
-            node[i] = {"name": last, **copy.deepcopy(new)}
+            stage = {"name": last, **copy.deepcopy(new)}
+            named = [i for i, s in enumerate(node) if s["name"] == last]
+            # A stage of a new name comes after the one that trains.
+            i = named[0] if named else [s["name"] for s in node].index("base") + 1
+            node[i : i + len(named)] = [stage]
         else:
             node[last] = copy.deepcopy(new)
     return value
