@@ -88,6 +88,7 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
         draw_training(axes, records, figure=figure, label=label, color=color)
         draw_held_out(axes, records, figure=figure, label=f"held out, {label}" if label != "training" else "held out")
     axes.set_title(panel.title, loc="left", fontsize=10)
+    axes.set_xlabel("optimizer step", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
