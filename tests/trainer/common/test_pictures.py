@@ -43,6 +43,14 @@ def test_each_figure_of_preference_training_is_on_the_scale_where_it_belongs():
     assert found["loss"]["held out"] == [0.5, 0.5]
 
 
+def test_the_sides_of_a_pair_have_colours_of_their_own_held_out_too():
+    panel = next(
+        a for a in history_figure(history(20, figures=PAIRS), name="dpo").axes if "reward" in a.get_title(loc="left")
+    )
+    colours = {line.get_label(): line.get_color() for line in panel.get_lines()}
+    assert colours["chosen"] == colours["held out, chosen"] != colours["rejected"] == colours["held out, rejected"]
+
+
 def test_a_figure_that_nobody_has_named_has_a_panel_of_its_own():
     found = lines_of(history_figure(history(20, figures={**SCORES, "entropy": 2.0}), name="rl"))
     assert {"pairs whose chosen side wins", "margin of the chosen side", "mean reward", "entropy"} <= set(found)

@@ -86,7 +86,10 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[Record]) -> None:
     for figure, color in zip(panel.figures, (TRAINING, _SECOND), strict=False):
         label = figure.rpartition("/")[2] if len(panel.figures) > 1 else "training"
         draw_training(axes, records, figure=figure, label=label, color=color)
-        draw_held_out(axes, records, figure=figure, label=f"held out, {label}" if label != "training" else "held out")
+        if len(panel.figures) == 1:
+            draw_held_out(axes, records, figure=figure, label="held out")
+        else:
+            draw_held_out(axes, records, figure=figure, label=f"held out, {label}", color=color)
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -110,8 +113,10 @@ def draw_training(
     axes.plot(steps[width // 2 : -(width // 2)], mean, color=color, lw=1.6, label=f"{label} (mean of {width} steps)")
 
 
-def draw_held_out(axes: Axes, records: Iterable[Record], *, figure: str = "loss", label: str) -> None:
+def draw_held_out(
+    axes: Axes, records: Iterable[Record], *, figure: str = "loss", label: str, color: str = HELD_OUT
+) -> None:
     """Plot a figure of the validation samples at the steps where it was measured."""
     key = f"{_HELD_OUT_PREFIX}{figure}"
     if measured := [(r["step"], r[key]) for r in records if key in r]:
-        axes.plot(*zip(*measured, strict=True), "o-", color=HELD_OUT, ms=4, lw=1.2, label=label)
+        axes.plot(*zip(*measured, strict=True), "o-", color=color, ms=4, lw=1.2, label=label)
