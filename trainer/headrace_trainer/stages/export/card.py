@@ -80,14 +80,12 @@ def _model_rows(card: ModelCard) -> dict[str, str]:
 
 def _training_rows(history: Path) -> dict[str, str]:
     records = [json.loads(line) for line in history.read_text().splitlines()]
-    last = records[-1]
-    rows = {
-        "Steps": f"{last['step']:,}",
-        "Tokens": f"{last['tokens']:,}",
-        "Final training loss": f"{last['loss']:.4f} nats per token",
-    }
-    measured = [r["validation_loss"] for r in records if "validation_loss" in r]
-    return rows | ({"Final validation loss": f"{measured[-1]:.4f} nats per token"} if measured else {})
+    rows = {"Steps": f"{records[-1]['step']:,}", "Tokens": f"{records[-1]['tokens']:,}"}
+    # Skipped steps have no loss.
+    for figure, label in (("loss", "Final training loss"), ("validation_loss", "Final validation loss")):
+        if measured := [r[figure] for r in records if figure in r]:
+            rows[label] = f"{measured[-1]:.4f} nats"
+    return rows
 
 
 def _lineage(resolved: ResolvedStage, ancestors: Sequence[Artifact]) -> list[str]:
