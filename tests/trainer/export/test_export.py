@@ -144,7 +144,7 @@ def test_the_card_tells_what_the_artifacts_tell(exported):
     last = json.loads((exported.trained / "history.jsonl").read_text().splitlines()[-1])
     assert f"| Steps | {last['step']} |" in card
     assert f"| Tokens | {last['tokens']:,} |" in card
-    assert f"| Final training loss | {last['loss']:.4f} nats per token |" in card
+    assert f"| Final training loss | {last['loss']:.4f} nats |" in card
     made = exported.model
     assert f"| pretrain | checkpoint | `{'a' * 64}` | shards `{'d' * 12}` | `{made}` |" in card
     assert f"| ship | this folder | `{'c' * 64}` | model `{made[:12]}` |  |" in card
