@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from headrace_api.base import FieldError, api_rules, rule
 from headrace_api.stages.base import ArtifactKind
-from headrace_api.stages.finetune import Finetune
+from headrace_api.stages.finetune import ORIGIN_RULE, Finetune
 from headrace_api.stages.training import Schedule
 
 
@@ -34,10 +34,11 @@ class Dpo(Finetune):
     """Direct preference optimization: train on pairs of a chosen and a rejected answer, held to the model that it starts from."""
 
     model_config = api_rules(
+        ORIGIN_RULE,
         rule(
             f"double(self.labelSmoothing) == 0.0 || self.loss in {[*_SMOOTHED]}",
             f"labelSmoothing {_ONLY_SMOOTHED}",
-        )
+        ),
     )
 
     KIND = "dpo"
@@ -47,7 +48,7 @@ class Dpo(Finetune):
     """loss is how a preference becomes a loss: sigmoid, ipo, cdpo, robust or hinge."""
     beta: float = Field(0.1, gt=0, le=1000)
     """beta is how strongly the model is held to the one that it starts from."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(0.0, ge=0, le=0.49)
     """labelSmoothing is the probability that a label is wrong; for cdpo and robust."""
     length_normalized: bool = False
     """lengthNormalized takes the mean log-probability of an answer's tokens, not their sum."""
