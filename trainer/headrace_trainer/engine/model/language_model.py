@@ -22,6 +22,16 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
     def __init__(self, *, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.real_vocab_size = real_vocab_size
+        self.value_head: torch.nn.Module | None = None
+        """Gives a number for each token beside its logits."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = super()._postprocess(hidden_states=hidden_states, **kwargs)
+        wanted = kwargs.get("labels") is None and kwargs.get("inference_context") is None
+        if self.value_head is None or not wanted:
+            return output
+        values_SB1, _ = self.value_head(hidden_states)
+        return torch.cat((output, values_SB1.transpose(0, 1).to(output.dtype)), -1)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of each label, in nats.
