@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
+_PR_SET_KEEPCAPS = 8
+_CAPABILITY_VERSION, _CAP_DAC_READ_SEARCH = 0x20080522, 1 << 2
 _USER = 61_234
 """Who root becomes: nobody's, so that the number of its processes can be limited, and no file is its own."""
 _PROCESSES = 16
@@ -72,7 +74,13 @@ def _confine(libc: ctypes.CDLL, *, seconds: int, memory: int, folder: str) -> No
         libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC)
         os.setgroups([])
         os.setgid(_USER)
+        libc.prctl(_PR_SET_KEEPCAPS, 1)
         os.setuid(_USER)
+        # Reading alone stays: the interpreter's modules may be where only root reads.
+        for kept in (_CAP_DAC_READ_SEARCH, 0):
+            header, data = (_CAPABILITY_VERSION, 0), (kept, kept, 0, 0, 0, 0)
+            if libc.capset((ctypes.c_uint32 * 2)(*header), (ctypes.c_uint32 * 6)(*data)) == 0:
+                break
     else:
         libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC)
     for kind, limit in (
