@@ -47,7 +47,7 @@ class Dpo(Finetune):
     """loss is how a preference becomes a loss: sigmoid, ipo, cdpo, robust or hinge."""
     beta: float = Field(0.1, gt=0, le=1000)
     """beta is how strongly the model is held to the one that it starts from."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(0.0, ge=0, le=0.49)
     """labelSmoothing is the probability that a label is wrong; for cdpo and robust."""
     length_normalized: bool = False
     """lengthNormalized takes the mean log-probability of an answer's tokens, not their sum."""

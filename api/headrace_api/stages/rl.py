@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from headrace_api.base import FieldError, Line, Part, Quantity, Spec, api_rules, rule
 from headrace_api.stages.base import ArtifactKind, StageName
+from headrace_api.stages.data import Data
 from headrace_api.stages.finetune import Finetune, ModelInputs
 from headrace_api.stages.training import Optimizer, Schedule
 
@@ -305,6 +306,10 @@ class Rl(Finetune):
 
     from_: RlInputs = Field(alias="from")
     """from names the model to start from, and the reward model if there is one."""
+    data: Data
+    """data is the prompts; their records may have other columns, such as the answer that a rule compares with."""
+    epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
+    """epochs is how often each prompt is answered; the last iteration is made whole."""
     algorithm: Algorithm = Algorithm.GRPO
     """algorithm is how rewards become advantages: grpo, rloo or ppo."""
     loss: GrpoLoss = GrpoLoss.GRPO

@@ -82,9 +82,19 @@ def test_records_that_a_rule_cannot_use_are_refused(block: dict[str, Any], colum
     assert said in str(refused.value)
 
 
-def test_a_schema_with_words_that_are_not_understood_is_refused() -> None:
-    with pytest.raises(UserError, match="'oneOf' is not understood here"):
-        check_rule(rule(jsonSchema={"schema": '{"properties": {"a": {"items": {"oneOf": []}}}}'}))
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ('{"properties": {"a": {"items": {"oneOf": []}}}}', "'oneOf' is not understood here"),
+        ('{"type": "text"}', "'text' is none: use object"),
+        ('{"minimum": "1"}', "minimum: '1' cannot stand there"),
+        ('{"anyOf": [{"pattern": "("}]}', "pattern: '('"),
+    ],
+)
+def test_a_schema_that_cannot_be_checked_is_refused(schema: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_rule(rule(jsonSchema={"schema": schema}))
+    assert said in str(refused.value)
 
 
 def test_numbers_and_code_are_found_in_answers() -> None:

@@ -32,10 +32,22 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-_KEYWORDS = {
-    *("type", "enum", "const", "properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
-    *("minLength", "maxLength", "pattern", "minimum", "maximum", "anyOf", "allOf", "title", "description", "$schema"),
+_KEYWORDS: dict[str, tuple[type, ...]] = {
+    "type": (str, list),
+    "enum": (list,),
+    "const": (object,),
+    "properties": (dict,),
+    "required": (list,),
+    "additionalProperties": (dict, bool),
+    "items": (dict, bool),
+    "anyOf": (list,),
+    "allOf": (list,),
+    "pattern": (str,),
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), (int,)),
+    **dict.fromkeys(("minimum", "maximum"), (int, float)),
+    **dict.fromkeys(("title", "description", "$schema"), (str,)),
 }
+"""What of JSON Schema is understood, and what may stand there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +218,20 @@ def _check_schema(schema: Any) -> None:
         return
     if not isinstance(schema, dict):
         raise UserError(f"rl.rewards: jsonSchema: {schema!r} is not a schema: write an object, true or false")
-    unknown = sorted(set(schema) - _KEYWORDS)
-    if unknown:
-        raise UserError(
-            f"rl.rewards: jsonSchema: {unknown[0]!r} is not understood here: use {', '.join(sorted(_KEYWORDS))}"
-        )
+    for key, wanted in schema.items():
+        if key not in _KEYWORDS:
+            raise UserError(f"rl.rewards: jsonSchema: {key!r} is not understood here: use {', '.join(_KEYWORDS)}")
+        if not isinstance(wanted, _KEYWORDS[key]):
+            raise UserError(
+                f"rl.rewards: jsonSchema: {key}: {wanted!r} cannot stand there: see the JSON Schema standard"
+            )
+    names = schema.get("type", [])
+    if unknown := [name for name in ([names] if isinstance(names, str) else names) if name not in _TYPES]:
+        raise UserError(f"rl.rewards: jsonSchema: type: {unknown[0]!r} is none: use {', '.join(_TYPES)}")
+    try:
+        re.compile(schema.get("pattern", ""))
+    except re.error as error:
+        raise UserError(f"rl.rewards: jsonSchema: pattern: {schema['pattern']!r}: {error}: mend it") from error
     for key in ("items", "additionalProperties"):
         if key in schema:
             _check_schema(schema[key])
