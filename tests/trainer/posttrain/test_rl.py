@@ -2,15 +2,19 @@
 
 import os
 import random
+import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from headrace_api.contract import ResolvedStage
+from headrace_trainer.errors import UserError
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, Ended, gang
 from trainer.posttrain.chain import Base, history, pretrained, reference, resolved, stage_rank, write_records
 
@@ -92,7 +96,7 @@ def mean(records: list[dict[str, Any]], figure: str = "reward") -> float:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "algorithm",
     [
         {"algorithm": "grpo"},
         {"algorithm": "rloo"},
@@ -100,9 +104,9 @@ def mean(records: list[dict[str, Any]], figure: str = "reward") -> float:
     ],
     ids=["grpo", "rloo", "ppo"],
 )
-def test_answers_come_to_follow_the_rule(base: Base, tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_answers_come_to_follow_the_rule(base: Base, tmp_path: Path, algorithm: dict[str, Any]) -> None:
     """1 is the most that an answer can have; 1,728 answers are drawn."""
-    records = trained(rl(base, tmp_path, **fields), tmp_path)
+    records = trained(rl(base, tmp_path, **algorithm), tmp_path)
     assert len(records) == 36
     assert records[0]["reward"] < 0.4
     assert mean(records[-4:]) > 0.9
@@ -136,19 +140,19 @@ def test_answers_and_losses_do_not_depend_on_the_layout(base: Base, tmp_path: Pa
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_a_killed_stage_goes_on_bit_for_bit(base: Base, tmp_path: Path, algorithm: str) -> None:
     """Killed at random, and then between drawing answers and training on them; checkpoints are from the middle too."""
-    fields: dict[str, Any] = TWO_STEPS | {"algorithm": algorithm, "epochs": 3, "epochsPerIteration": 2}
-    fields |= {"checkpoint": {"every": 1}, "kl": {"coefficient": 0.05, "target": 0.5, "horizon": 100}}
+    settings: dict[str, Any] = TWO_STEPS | {"algorithm": algorithm, "epochs": 3, "epochsPerIteration": 2}
+    settings |= {"checkpoint": {"every": 1}, "kl": {"coefficient": 0.05, "target": 0.5, "horizon": 100}}
     layout = DP2 if algorithm == "ppo" else TP1
-    whole = trained(rl(base, tmp_path / "whole", layout, **fields), tmp_path / "whole")
+    whole = trained(rl(base, tmp_path / "whole", layout, **settings), tmp_path / "whole")
     assert len({r["objective/kl_coef"] for r in whole}) > 2
     seed = int(os.environ.get("HEADRACE_TEST_SEED", random.randrange(10**6)))
     print(f"HEADRACE_TEST_SEED={seed}")
     die_at = random.Random(seed).randrange(2, 14)
-    killed = run(rl(base, tmp_path, layout, **fields), tmp_path, die_at=die_at)
+    killed = run(rl(base, tmp_path, layout, **settings), tmp_path, die_at=die_at)
     assert killed[-1].exit_code == -signal.SIGKILL
-    killed = run(rl(base, tmp_path, layout, attempt=2, **fields), tmp_path, die_drawn=4)
+    killed = run(rl(base, tmp_path, layout, attempt=2, **settings), tmp_path, die_drawn=4)
     assert killed[-1].exit_code == -signal.SIGKILL
-    resumed = trained(rl(base, tmp_path, layout, attempt=3, **fields), tmp_path)
+    resumed = trained(rl(base, tmp_path, layout, attempt=3, **settings), tmp_path)
     assert [r["loss_hex"] for r in resumed] == [r["loss_hex"] for r in whole]
     assert [r["reward"] for r in resumed] == [r["reward"] for r in whole]
 
@@ -194,16 +198,59 @@ def test_a_reward_model_judges(base: Base, tmp_path: Path) -> None:
     stage = resolved(storage, "rm", {"reward": block}, inputs={"model": base.model})
     (ended,) = gang(stage_rank, 1, stage, tmp_path)
     assert not ended.error, ended
-    fields = {
+    judged_by: dict[str, Any] = {
         "from": {"model": "base", "reward": "rm"},
         "rewards": [{"model": {"clip": 5}}, {"rule": VOWELS, "weight": 0.1}],
     }
-    judged = rl(base, tmp_path, epochs=6, **fields)
+    judged = rl(base, tmp_path, epochs=6, **judged_by)
     judged = judged.model_copy(update={"inputs": judged.inputs | {"reward": reference(stage, ended)}})
     records = trained(judged, tmp_path)
     assert mean(records[-3:], "rewards/model/mean") > mean(records[:3], "rewards/model/mean") + 0.5
     for r in records:
         assert r["reward"] == pytest.approx(r["rewards/model/mean"] + 0.1 * r["rewards/regex/mean"], abs=1e-6)
+
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "storage/rm/tokenizer", other / "tokenizer")
+    tokenizer = Tokenizer.from_file(str(other / "tokenizer/tokenizer.json"))
+    tokenizer.add_special_tokens(["<|another|>"])
+    tokenizer.save(str(other / "tokenizer/tokenizer.json"))
+    from headrace_trainer.stages.rl.stage import _reward_model
+
+    start: Any = SimpleNamespace(tokenizer=tmp_path / "storage/rm/tokenizer")
+    config: Any = judged.stage.rl
+    with pytest.raises(UserError, match="its tokenizer differs from the model's in 1 tokens: train the reward model"):
+        _reward_model(other, None, config, start)  # type: ignore[arg-type]
+
+
+def test_scores_that_are_not_numbers_are_counted_and_bounded(base: Base, tmp_path: Path) -> None:
+    from headrace_trainer.stages.rl.answers import Answer
+    from headrace_trainer.stages.rl.rollouts import Parts, Rollouts
+    from headrace_trainer.stages.rl.stage import worth_of
+
+    config = rl(base, tmp_path, promptsPerIteration=2, groupSize=4, globalBatchSize=8, maxFailedShare=0.2).stage.rl
+    assert config is not None
+    parts: Any = SimpleNamespace(prompts=[0] * 2, worth=worth_of(config), seed=0)
+    assert set(vars(parts)) <= {field.name for field in fields(Parts)}
+    rollouts = Rollouts(config, None, parts)  # type: ignore[arg-type]
+
+    def take(*scores: float) -> list[float]:
+        zeros = np.zeros(2, np.float32)
+        answers = [
+            Answer(prompt=np.ones(1), tokens=np.ones(2), stopped=True, sampled=zeros, log_probs=zeros, scores=(s,))
+            for s in scores
+        ]
+        rollouts._take(3, answers)
+        return [float(rollouts.sample(3 * 8 + i).advantages[0]) for i in range(8)]
+
+    nan = float("nan")
+    advantages = take(1, 0, nan, 1, 0, 0, 0, 1)
+    rollouts._check_rewards()
+    assert advantages[2] == pytest.approx(0, abs=1e-6)
+    assert advantages[0] > 0 > advantages[1]
+    assert rollouts.figures()["rewards/failed"] == 1
+    take(1, nan, nan, 1, 0, 0, 0, 1)
+    with pytest.raises(UserError, match=r"regex: 25.0% of iteration 3's scores are not numbers \(answer 1: nan\)"):
+        rollouts._check_rewards()
 
 
 def test_answers_travel_in_text() -> None:
