@@ -161,7 +161,7 @@ class JsonSchema(Spec):
 
 
 class PythonTests(Spec):
-    """1 where the answer's code passes the record's tests, else 0. It runs in a process of its own, without a network."""
+    """1 where the answer's code passes the record's tests, else 0. It runs in processes of its own, with limits, and without a network where the kernel lets the trainer's user make a namespace."""
 
     column: Line = Field("tests", max_length=128)
     """column is the prompt records' column that holds the tests: Python that raises where the code is wrong."""

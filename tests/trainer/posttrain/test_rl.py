@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from torch.distributed.checkpoint import FileSystemReader
 
 from headrace_api.contract import ResolvedStage
 from headrace_trainer.errors import UserError
@@ -113,6 +114,10 @@ def test_answers_come_to_follow_the_rule(base: Base, tmp_path: Path, algorithm: 
     assert records[0]["train_rollout_logprob_abs_diff"] < 1e-4
     assert records[0]["val/ratio"] == pytest.approx(1, abs=1e-4)
     assert "regex 1" in (tmp_path / "storage/rl/answers.md").read_text()
+    # What comes next wants a language model, whatever learned beside it.
+    kept = FileSystemReader(tmp_path / "storage/rl/checkpoint").read_metadata().state_dict_metadata
+    assert "output_layer.weight" in kept or "embedding.word_embeddings.weight" in kept
+    assert not [key for key in kept if "scalar_head" in key]
 
 
 def test_rewards_of_other_answers_teach_nothing(base: Base, tmp_path: Path) -> None:
@@ -227,7 +232,8 @@ def test_scores_that_are_not_numbers_are_counted_and_bounded(base: Base, tmp_pat
     from headrace_trainer.stages.rl.rollouts import Parts, Rollouts
     from headrace_trainer.stages.rl.stage import worth_of
 
-    config = rl(base, tmp_path, promptsPerIteration=2, groupSize=4, globalBatchSize=8, maxFailedShare=0.2).stage.rl
+    sizes = {"promptsPerIteration": 2, "groupSize": 4, "globalBatchSize": 8, "microBatchSize": 4}
+    config = rl(base, tmp_path, **sizes, maxFailedShare=0.2).stage.rl
     assert config is not None
     parts: Any = SimpleNamespace(prompts=[0] * 2, worth=worth_of(config), seed=0)
     assert set(vars(parts)) <= {field.name for field in fields(Parts)}
