@@ -121,7 +121,7 @@ def _input_rules() -> Iterator[JsonSchema]:
     for kind, config in KINDS.items():
         for slot, (wanted, optional) in config.slots().items():
             reader = f"self.stages[i].{kind}"
-            unset = f" || !has({reader}.from)" if optional else ""
+            unset = f" || !has({reader}.{optional})" if optional else ""
             given = " || ".join(f"has(self.stages[j].{giver})" for giver in givers[wanted])
             found = f"j < i && self.stages[j].name == {reader}.from.{slot} && ({given})"
             yield rule(

@@ -17,6 +17,7 @@ from headrace_api.stages import (
     Export,
     Pretrain,
     Reward,
+    Rl,
     RunsAs,
     Sft,
     Shards,
@@ -93,6 +94,8 @@ class Stage(Spec):
     """sft trains a model on demonstrations."""
     reward: Reward | None = None
     """reward trains a model that scores answers."""
+    rl: Rl | None = None
+    """rl trains a model on its own answers to prompts, by what they are rewarded with."""
     dpo: Dpo | None = None
     """dpo trains a model on pairs of answers, of which one is preferred."""
     evaluate: Evaluate | None = None

@@ -9,13 +9,14 @@ from headrace_api.stages.export import Export
 from headrace_api.stages.finetune import Adapter, Finetune, Lora, LoraTarget
 from headrace_api.stages.pretrain import Pretrain
 from headrace_api.stages.reward import Reward
+from headrace_api.stages.rl import Rl
 from headrace_api.stages.sft import Sft
 from headrace_api.stages.shards import Shards
 from headrace_api.stages.tokenizer import Tokenizer
 from headrace_api.stages.training import Training
 
 KINDS: dict[str, type[StageConfig]] = {
-    kind.KIND: kind for kind in (Corpus, Tokenizer, Shards, Pretrain, Sft, Reward, Dpo, Evaluate, Export, Deploy)
+    kind.KIND: kind for kind in (Corpus, Tokenizer, Shards, Pretrain, Sft, Reward, Rl, Dpo, Evaluate, Export, Deploy)
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LoraTarget",
     "Pretrain",
     "Reward",
+    "Rl",
     "RunsAs",
     "Sft",
     "Shards",

@@ -69,13 +69,17 @@ class StageConfig(Spec):
         return block.by_slot() if isinstance(block, Inputs) else {}
 
     @classmethod
-    def slots(cls) -> dict[str, tuple[ArtifactKind, bool]]:
-        """Slot -> the kind of artifact it accepts, and whether the whole ``from`` is optional."""
+    def slots(cls) -> dict[str, tuple[ArtifactKind, str | None]]:
+        """Slot -> the kind of artifact it accepts, and the optional field, ``from`` or the slot's; None if both are required."""
         field = cls.model_fields.get("from_")
         if field is None:
             return {}
         block = next(a for a in (field.annotation, *get_args(field.annotation)) if _is_inputs(a))
-        return {slot: (kind, not field.is_required()) for slot, kind in block.ACCEPTS.items()}
+        whole = None if field.is_required() else "from"
+        return {
+            slot: (kind, whole if block.model_fields[slot].is_required() else f"from.{slot}")
+            for slot, kind in block.ACCEPTS.items()
+        }
 
     def addresses(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Place and value of every field that names files of the user's: all that are called ``uri``."""

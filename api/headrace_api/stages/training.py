@@ -1,6 +1,6 @@
 """What every stage that trains a model lets a training engineer decide: batches, precision, layout, schedule, checkpoints.
 
-In: ``Training``, the base of ``pretrain``, ``sft``, ``reward`` and ``dpo``. The engine's loop reads nothing else of a stage.
+In: ``Training``, the base of ``pretrain``, ``sft``, ``reward``, ``rl`` and ``dpo``. The engine's loop reads nothing else of a stage.
 """
 
 from enum import StrEnum

@@ -11,7 +11,7 @@ from headrace_trainer.formats.chat import Encoder
 from headrace_trainer.formats.dataset import Dataset, load_dataset
 from headrace_trainer.formats.packs import PackOrder
 from headrace_trainer.formats.preview import preview
-from headrace_trainer.formats.records import PAIR_SHAPES, SFT_SHAPES
+from headrace_trainer.formats.records import PAIR_SHAPES, PROMPT_SHAPES, SFT_SHAPES
 from trainer.formats.builders import chat, write_records
 
 
@@ -65,6 +65,23 @@ def test_a_fraction_is_held_back_by_content_wherever_a_record_stands(tmp_path, e
     assert (source["train"], source["validation"]) == (len(train), len(held))
     again = load(tmp_path, encoder, data, name="again")
     assert texts_of(encoder, again.validation) == held
+
+
+def test_a_prompts_other_columns_stay_with_it(tmp_path, encoder):
+    def prompts(name, answers):
+        rows = ({"prompt": f"What is {i}?", "answer": answer} for i, answer in enumerate(answers))
+        data = {"sources": [{"uri": str(write_records(tmp_path / f"{name}.jsonl", *rows))}]}
+        return load(tmp_path, encoder, data, allowed=PROMPT_SHAPES, name=name)
+
+    found = prompts("one", ["zero", {"deep": [1]}, None])
+    assert [json.loads(found.train.note(i)) for i in range(3)] == [
+        {"answer": "zero"},
+        {"answer": {"deep": [1]}},
+        {"answer": None},
+    ]
+    # Other answers to the same prompts are another training.
+    assert prompts("other", ["null", {"deep": [1]}, None]).digest != found.digest
+    assert prompts("same", ["zero", {"deep": [1]}, None]).digest == found.digest
 
 
 def test_held_out_records_come_from_their_own_address(tmp_path, encoder):

@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace_api.artifact import resume_identity
@@ -18,9 +18,11 @@ from headrace_trainer.engine.batches import Batches, Samples
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
+from headrace_trainer.engine.hooks import Hooks
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import Head, build_model
 from headrace_trainer.engine.model.lora import add_adapters, fill_adapters
+from headrace_trainer.engine.model.scalar_head import without_value_head
 from headrace_trainer.engine.objective import Objective
 from headrace_trainer.engine.optimizer import build_optimizer, wrap_model
 from headrace_trainer.engine.parallel import Gang
@@ -42,6 +44,8 @@ class Task:
     head: Head = Head.LANGUAGE_MODEL
     fill: Callable[[MegatronModule], None]
     """Sets the weights that the model starts with."""
+    hooks: Hooks = field(default_factory=Hooks)
+    """What the stage does around steps."""
     data: str = ""
     """Digest of the samples where the stage reads them from files of the user's: another makes another training."""
 
@@ -103,6 +107,7 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
         checkpointer=_checkpointer(ctx, gang, task, state),
         state=state,
         start=start,
+        hooks=task.hooks,
     )
 
 
@@ -113,7 +118,7 @@ def leave_model(output: Path, loop: Loop, card: ModelCard) -> None:
     if gang.local_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # ranks may have been restarted in the middle of an earlier write
     gang.barrier()
-    save_weights(loop.state.model, folder)
+    save_weights(without_value_head(loop.state.model), folder)
     if gang.is_first:
         write_card(card, output)
         (output / HISTORY_FILE).write_text(loop.history.dumps())

@@ -74,13 +74,14 @@ class Start:
         self.origin.load(model, head=head)
 
 
-def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shape]) -> Start:
+def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shape], room: int = 1) -> Start:
     """Read the model's card, complete its tokenizer, and encode the records; the node's ranks share the work.
 
     Args:
         ctx: the stage.
         template: the chat template; the tokenizer's own or the default one if None.
         allowed: the shapes of records that the stage takes.
+        room: tokens that a prompt leaves free for its answer.
 
     Raises:
         UserError: the model, the records or the template cannot be used.
@@ -101,7 +102,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
                 config.data,
                 name=f"{kind}.data",
                 allowed=allowed,
-                encoder=Encoder(tokenizer, sequence_length=config.sequence_length),
+                encoder=Encoder(tokenizer, sequence_length=config.sequence_length - room + 1),
                 storage=ctx.resolved.storage,
                 folder=folder,
                 stop_requested=ctx.stop_requested,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from headrace_trainer import board
 from headrace_trainer.engine.device import send
 from headrace_trainer.engine.device.megatron import (
     MegatronModule,
@@ -70,6 +71,7 @@ def generate(model: MegatronModule, prompts: Sequence[Prompt], sampling: Samplin
         batch = _Batch(model, prompts, sampling, gang)
         while batch.rows:
             batch.advance()
+            board.beat()
     return [
         Completion(tokens=t, log_probs=p, stopped=bool(t) and t[-1] in sampling.stop_tokens)
         for t, p in zip(batch.tokens, batch.log_probs, strict=True)

@@ -22,6 +22,7 @@ from headrace_trainer.engine.checkpoint.state import TrainState
 from headrace_trainer.engine.device import send
 from headrace_trainer.engine.garbage import collect_after, collected_between_steps
 from headrace_trainer.engine.history import History
+from headrace_trainer.engine.hooks import Hooks
 from headrace_trainer.engine.pace import Pace
 from headrace_trainer.engine.parallel import Gang, Sum
 from headrace_trainer.engine.schedule import is_due, learning_rate
@@ -77,6 +78,8 @@ class Loop:
     state: TrainState
     start: Callable[[], None]
     """Sets the start weights; called only where no checkpoint is loaded over them."""
+    hooks: Hooks = field(default_factory=Hooks)
+    """What the stage does around steps."""
     history: History = field(default_factory=History)
     step: int = 0
     saved: SavedCheckpoint | None = None
@@ -103,6 +106,7 @@ class Loop:
         self._saved_step = self.step
         assert found.consumed_samples == self.consumed_samples
         self.history = History.loads(found.extras[HISTORY_FILE])
+        self.hooks.loads(found.extras)
 
     def run(self) -> None:
         """Train to the last step.
@@ -110,7 +114,7 @@ class Loop:
         Raises:
             Stopped: some rank was asked to stop; a checkpoint of this step is committed.
             StorageError: checkpoints cannot be saved.
-            UserError: too many losses or gradients were not finite numbers.
+            UserError: too many losses or gradients were not finite numbers, or a figure went too far.
         """
         self.pace.restart()
         with collected_between_steps():
@@ -131,7 +135,7 @@ class Loop:
         if agreed.may_advance:
             self._take_further(self.checkpointer.advance)
         skipped = "skipped" in self.history.records[-1]
-        went_back = skipped and self._answer_skip()
+        went_back = self._answer_skip() if skipped else self._answer_alarm()
         if self._validation_due():
             self._validate()
         must_stop = agreed.must_stop and self.step < self.steps
@@ -150,6 +154,7 @@ class Loop:
         return self.step * self.config.global_batch_size
 
     def _train_step(self) -> Agreed:
+        self.hooks.before_step(self.consumed_samples, self.stepper)
         batch = self.training.read(self.consumed_samples, self.config.global_batch_size)
         exchange = self._exchange(self.stepper.gradients(batch))
         # The ranks meet for the norm; the exchange, begun before it, has then arrived as well.
@@ -163,7 +168,7 @@ class Loop:
             self.history.add(
                 step=self.step,
                 loss=agreed.loss,
-                metrics=agreed.metrics,
+                metrics={**agreed.metrics, **self.hooks.figures()},
                 grad_norm=grad_norm,
                 learning_rate=rate,
                 tokens=tokens,
@@ -214,6 +219,17 @@ class Loop:
             )
         return False
 
+    def _answer_alarm(self) -> bool:
+        """Go on, go back, or wait for people, by what the stage says of the newest step; whether it went back."""
+        alarm = self.hooks.alarm(self.history.records)
+        if alarm is None:
+            return False
+        if alarm.roll_back and self._roll_back():
+            self.message = f"{alarm.reason}: {self.message}"
+            return True
+        self._commit()
+        raise UserError(f"paused after step {self.step}, whose checkpoint is committed: {alarm.reason}")
+
     def _roll_back(self) -> bool:
         """Take the weights of the newest checkpoint that has others, and leave out the data that was read since."""
         self._finish_saving()
@@ -223,6 +239,7 @@ class Loop:
         if found is None:
             return False
         self.history.roll_back(found.step)
+        self.hooks.weights_went_back()
         self.message = f"took back the updates of steps {found.step + 1} to {self.step}, and left their data out"
         if self.gang.is_first:
             log.warning(self.message)
@@ -248,11 +265,12 @@ class Loop:
         self._report("Saving")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self.stepper.gather_weights()
+        first = self.consumed_samples
         self._take_further(
             lambda: self.checkpointer.save(
                 step=self.step,
-                consumed_samples=self.consumed_samples,
-                extras=lambda: {HISTORY_FILE: self.history.dumps()},
+                consumed_samples=first,
+                extras=lambda: {HISTORY_FILE: self.history.dumps(), **self.hooks.dumps(first)},
             )
         )
         self.pace.restart()

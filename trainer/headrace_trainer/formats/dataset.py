@@ -20,7 +20,7 @@ from headrace_trainer import board
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.chat import Encoder
 from headrace_trainer.formats.packs import Share, unit_length
-from headrace_trainer.formats.records import Record, RecordSource, Shape, Tally, find_source, read_records
+from headrace_trainer.formats.records import PromptRecord, Record, RecordSource, Shape, Tally, find_source, read_records
 from headrace_trainer.formats.units import Units, UnitWriter
 
 _NOTE = "dataset.json"
@@ -105,11 +105,12 @@ class _Builder:
                 continue
             kept.tokens += unit_length(encoded.unit)
             kept.trained_tokens += sum(document.num_trained for document in encoded.unit)
+            note = _note(encoded.record)
             if held_back and is_held_back(encoded.record, fraction=held_back):
-                validation.add(encoded.unit)
+                validation.add(encoded.unit, note)
                 kept.validation += 1
             else:
-                train.add(encoded.unit)
+                train.add(encoded.unit, note)
                 kept.train += 1
         tally.check(max_bad_fraction=self.max_bad_fraction)
         _check_something_left(source.name, tally, kept)
@@ -171,6 +172,11 @@ def load_dataset(
             found = find_source(held_out.uri or "", storage, field=f"{name}.validation.uri", format=held_out.format)
             builder.read(found, train, validation, held_back=1.0)
     return _dataset(data, folder, tuple(shares), name=name, sources=builder.sources)
+
+
+def _note(record: Record) -> bytes:
+    """What is known of a right answer to a prompt: the record's other columns, as JSON."""
+    return orjson.dumps(record.others, default=str) if isinstance(record, PromptRecord) else b""
 
 
 def is_held_back(record: Record, *, fraction: float) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from headrace_trainer.formats.packs import Document, Pack, Unit
 
-TOKENS_FILE, MASK_FILE, INDEX_FILE = "tokens.bin", "mask.bin", "index.npz"
+TOKENS_FILE, MASK_FILE, NOTES_FILE, INDEX_FILE = "tokens.bin", "mask.bin", "notes.bin", "index.npz"
 _NO_LABEL = -1
 
 
@@ -27,14 +27,17 @@ class UnitWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._tokens, self._mask = (folder / TOKENS_FILE).open("wb"), (folder / MASK_FILE).open("wb")
+        self._notes, self._note_lengths = (folder / NOTES_FILE).open("wb"), array("q")
         self._sizes, self._lengths = array("b"), array("q")
         self._labels, self._margins = array("b"), array("d")
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def add(self, unit: Unit) -> None:
-        """Append a unit."""
+    def add(self, unit: Unit, note: bytes = b"") -> None:
+        """Append a unit, and what else is to be known of it."""
+        self._notes.write(note)
+        self._note_lengths.append(len(note))
         self._sizes.append(len(unit))
         for document in unit:
             self._tokens.write(document.tokens.astype("<i4").tobytes())
@@ -45,15 +48,19 @@ class UnitWriter:
 
     def close(self) -> None:
         """Write the index."""
-        self._tokens.close()
-        self._mask.close()
+        self._close_files()
         np.savez(
             self._folder / INDEX_FILE,
             sizes=np.array(self._sizes),
             lengths=np.array(self._lengths),
             labels=np.array(self._labels),
             margins=np.array(self._margins),
+            notes=np.array(self._note_lengths),
         )
+
+    def _close_files(self) -> None:
+        for file in (self._tokens, self._mask, self._notes):
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -64,8 +71,7 @@ class UnitWriter:
         if error is None:
             self.close()
         else:
-            self._tokens.close()
-            self._mask.close()
+            self._close_files()
 
 
 class Units:
@@ -80,6 +86,8 @@ class Units:
         """Tokens of each unit, int64 [number of units]."""
         self._tokens = _mapped(folder / TOKENS_FILE, "<i4")
         self._mask = _mapped(folder / MASK_FILE, "u1")
+        self._notes = _mapped(folder / NOTES_FILE, "u1")
+        self._note_offsets = np.concatenate([[0], np.cumsum(index["notes"], dtype=np.int64)])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -89,6 +97,10 @@ class Units:
             raise IndexError(number)
         return tuple(self._document(i) for i in range(self._documents[number], self._documents[number + 1]))
 
+    def note(self, number: int) -> bytes:
+        """What else is known of a unit."""
+        return self._notes[self._note_offsets[number] : self._note_offsets[number + 1]].tobytes()
+
     def pack(self, numbers: Iterable[int]) -> Pack:
         """These units as a pack."""
         return Pack(documents=tuple(document for number in numbers for document in self[int(number)]))
@@ -97,7 +109,8 @@ class Units:
     def digest(self) -> str:
         """Hex digest of everything that the units hold."""
         digest = hashlib.sha256()
-        for part in (self._tokens, self._mask, self._offsets, self._documents, self._labels, self._margins):
+        parts = (self._tokens, self._mask, self._offsets, self._documents, self._labels, self._margins)
+        for part in (*parts, self._notes, self._note_offsets):
             digest.update(hashlib.sha256(np.ascontiguousarray(part).data).digest())
         return digest.hexdigest()
 

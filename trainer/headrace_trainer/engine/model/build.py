@@ -36,7 +36,9 @@ class Head(Enum):
     LANGUAGE_MODEL = auto()
     """Logits of the next one."""
     SCALAR = auto()
-    """One number: a reward, or a value."""
+    """One number: a reward."""
+    LANGUAGE_MODEL_AND_VALUE = auto()
+    """Logits of the next one, and then one number: a value. Both read what the last layer gives."""
 
 
 def build_model(
@@ -58,7 +60,8 @@ def build_model(
         sequence_length: tokens in a sample.
         precision: number format of the weights and matrix multiplications.
         fp8_recipe: where scales come from, if the precision is fp8; tensorwise if None.
-        head: what the last stage gives; without labels, logits [B, S, V / tensor ranks] or numbers [B, S, 1].
+        head: what the last stage gives; without labels, logits [B, S, V / tensor ranks], numbers [B, S, 1], or both
+            side by side.
 
     Raises:
         UserError: fp8 without a GPU and Transformer Engine.
@@ -80,7 +83,7 @@ def build_model(
         max_sequence_length=sequence_length,
         position_embedding_type="rope",
         rotary_base=architecture.rope_base,
-        share_embeddings_and_output_weights=architecture.tie_embeddings and head is Head.LANGUAGE_MODEL,
+        share_embeddings_and_output_weights=architecture.tie_embeddings and head is not Head.SCALAR,
         pre_process=gang.is_first_stage,
         post_process=gang.is_last_stage,
     )
@@ -88,6 +91,8 @@ def build_model(
         model.output_layer = ScalarHead(config)
     if architecture.rope_scaling is not None:
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
+    if head is Head.LANGUAGE_MODEL_AND_VALUE and gang.is_last_stage:
+        model.value_head = ScalarHead(config)
     _mark_replicated_parameters(model)
     model = model.to(gang.device)
     return model if precision is Precision.FP32 else Float16Module(config, model)

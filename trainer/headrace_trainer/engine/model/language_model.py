@@ -25,6 +25,16 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         if embedding_scale != 1 and self.pre_process:
             self.embedding.register_forward_hook(_Scale(embedding_scale))
         self.real_vocab_size = real_vocab_size
+        self.value_head: torch.nn.Module | None = None
+        """Gives a number for each token beside its logits."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = super()._postprocess(hidden_states=hidden_states, **kwargs)
+        wanted = kwargs.get("labels") is None and kwargs.get("inference_context") is None
+        if self.value_head is None or not wanted:
+            return output
+        values_SB1, _ = self.value_head(hidden_states)
+        return torch.cat((output, values_SB1.transpose(0, 1).to(output.dtype)), -1)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of each label, in nats.

@@ -1,6 +1,6 @@
-"""One number for each token in place of the next token's logits: a reward, or a value.
+"""One number for each token: a reward in place of the next token's logits, or a value beside them.
 
-The head stands where a language model has its output layer, in the last pipeline stage, so gradients, optimizer,
+The head stands where a language model has its output layer, or beside it, in the last pipeline stage, so gradients, optimizer,
 checkpoints and layouts treat it as they treat every other weight. Its key in checkpoints is its own: a language model's
 output layer is never read into it.
 
@@ -8,7 +8,7 @@ Shapes: S sequence, or this tensor rank's part of it where the sequence is split
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from headrace_trainer.engine.device.megatron import (
 
 HEAD_KEY = "scalar_head.weight"
 """The head's name in checkpoints."""
-_PLACE = "output_layer.weight"
-"""Its name in the model."""
+VALUE_PLACE = "value_head.weight"
+"""Its name in a model that has a language model's head as well."""
+_PLACES = ("output_layer.weight", VALUE_PLACE)
+"""Its names in models."""
 
 
 def head_std(hidden_size: int) -> float:
@@ -82,18 +84,27 @@ def load_language_model(model: MegatronModule, folder: Path) -> None:
         model: from ``build_model``, with a scalar head, not wrapped for training.
         folder: a checkpoint, of any layout.
     """
-    load_weights(_WithoutHead(model), folder)
+    load_weights(_Without(model, _PLACES), folder)
 
 
-class _WithoutHead:
-    """A model as far as loading weights is concerned, and nothing of its head."""
+def without_value_head(model: MegatronModule) -> "_Without":
+    """A model as far as reading and writing weights is concerned, and nothing of a value head beside its own, if any."""
+    return _Without(model, (VALUE_PLACE,))
 
-    def __init__(self, model: MegatronModule) -> None:
-        self._model = model
+
+class _Without:
+    """A model as far as its weights are concerned, and nothing of some of them."""
+
+    def __init__(self, model: MegatronModule, places: Collection[str]) -> None:
+        self._model, self._places = model, tuple(places)
 
     def sharded_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         sharded = self._model.sharded_state_dict(**kwargs)
-        return {name: entry for name, entry in sharded.items() if name != _PLACE}
+        return {
+            name: entry
+            for name, entry in sharded.items()
+            if not (name.endswith(self._places) and entry.key == HEAD_KEY)
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        load_partly(self._model, state, lacking=(_PLACE,))
+        load_partly(self._model, state, lacking=self._places)
