@@ -33,7 +33,7 @@ TP2_PP2 = {"tensor": 2, "pipeline": 2, "data": 1}
 # A process that has looked for a GPU cannot be forked.
 _SERVER: Any = multiprocessing.get_context("spawn" if Path("/dev/nvidiactl").exists() else "forkserver")
 _SERVER.set_forkserver_preload(["headrace_trainer.stages.pretrain.stage"])
-_TIMEOUT_SECONDS = 120.0
+_TIMEOUT_SECONDS = 300.0
 
 LENGTH, BATCH = 32, 8
 
