@@ -107,7 +107,7 @@ def mean(records: list[dict[str, Any]], figure: str = "reward") -> float:
 )
 def test_answers_come_to_follow_the_rule(base: Base, tmp_path: Path, algorithm: dict[str, Any]) -> None:
     """1 is the most that an answer can have; 1,728 answers are drawn."""
-    records = trained(rl(base, tmp_path, **algorithm), tmp_path)
+    records = trained(rl(base, tmp_path, **algorithm, checkpoint={"every": 1000}), tmp_path)
     assert len(records) == 36
     assert records[0]["reward"] < 0.4
     assert mean(records[-4:]) > 0.9

@@ -134,8 +134,8 @@ class PolicyGradient(PackedSamples):
         return output, lambda output: self._loss(batch, scores(output))
 
     def _loss(self, batch: PolicyBatch, scores: TokenScores) -> Loss:
-        row, rule, assert_entropy = batch.row, self._rule, scores.entropy_1T
-        assert assert_entropy is not None
+        row, rule, entropy_1T = batch.row, self._rule, scores.entropy_1T
+        assert entropy_1T is not None
         mask_1T = row.mask_1T
         log_probs_1T = scores.log_probs_1T.float()
         weights_T, count = self._weights(row, rule.aggregation)
@@ -154,7 +154,7 @@ class PolicyGradient(PackedSamples):
         moved_1T = 0.5 * (log_probs_1T * mask_1T - batch.log_probs_1T).square()
         figures = (
             (kl_1T[0].detach() * shown_T).sum(),
-            (assert_entropy[0].detach() * shown_T).sum(),
+            (entropy_1T[0].detach() * shown_T).sum(),
             (surrogate.clipped.detach() * shown).sum(),
             (moved_1T[0].detach() * shown_T).sum(),
             (surrogate.ratios * shown).sum(),
