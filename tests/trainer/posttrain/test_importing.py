@@ -1,10 +1,7 @@
 """Models that were trained elsewhere: the same logits here under every layout, the same bytes when they leave."""
 
 import json
-<<<<<<< HEAD
-=======
 import math
->>>>>>> wt-h
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,11 +89,7 @@ def _bring(folder: Path, scratch: Path, storage: Storage | None = None, uri: str
     return bring_pretrained(store, scratch / folder.name, field="sft.base.uri", check=lambda architecture: None)
 
 
-<<<<<<< HEAD
-def stage(base: Path, folder: Path, layout: dict[str, int] = TP1, **fields: Any) -> Any:
-=======
 def stage(base: Path, folder: Path, layout: dict[str, int] = TP1, *, kind: str = "sft", **fields: Any) -> Any:
->>>>>>> wt-h
     data = write_records(folder / "chat.jsonl", conversations(64))
     block = {
         "base": {"uri": str(base)},
@@ -110,14 +103,6 @@ def stage(base: Path, folder: Path, layout: dict[str, int] = TP1, *, kind: str =
     }
     world = layout["tensor"] * layout["pipeline"] * layout["data"]
     storage = Storage(uri=str(folder / "storage"))
-<<<<<<< HEAD
-    return resolved(storage, "sft", {"sft": block | fields}, inputs={}, ranks=world)
-
-
-@pytest.mark.parametrize("name", ["qwen3 with wide heads", "gemma"])
-def test_a_stage_trains_an_imported_model_alike_on_one_rank_and_on_two_and_exports_it(
-    folders: dict[str, Path], tmp_path: Path, name: str
-=======
     return resolved(storage, kind, {kind: block | fields}, inputs={}, ranks=world)
 
 
@@ -132,31 +117,20 @@ def test_a_stage_trains_an_imported_model_alike_on_one_rank_and_on_two_and_expor
 )
 def test_a_stage_trains_an_imported_model_alike_on_one_rank_and_on_two_and_exports_it(
     folders: dict[str, Path], tmp_path: Path, name: str, fields: dict[str, Any]
->>>>>>> wt-h
 ) -> None:
     losses = []
     for layout in (TP1, TP2):
         folder = tmp_path / str(layout["tensor"])
-<<<<<<< HEAD
-        sft = stage(folders[name], folder, layout)
-        ended = gang(stage_rank, sft.stage.compute.world, sft, folder)
-        assert not any(e.error for e in ended), ended
-        losses.append([record["loss"] for record in history(sft)])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
-=======
         sft = stage(folders[name], folder, layout, **fields)
         ended = gang(stage_rank, sft.stage.compute.world, sft, folder)
         assert not any(e.error for e in ended), ended
         losses.append([record["loss"] for record in history(sft)])
     # Steps this large amplify the last bits, in which sums over two ranks differ.
     assert losses[1][:8] == pytest.approx(losses[0][:8], abs=1e-4)
->>>>>>> wt-h
     assert losses[0][-1] < losses[0][0] - 1
     _export(folder, reference(sft, ended[0]), folders[name])
 
 
-<<<<<<< HEAD
-=======
 def test_pairs_are_scored_and_preferred_by_imported_models(folders: dict[str, Path], tmp_path: Path) -> None:
     """A new head on tied embeddings in two stages, and a reference that is the model as it was imported."""
     pairs = [{"prompt": f"Spell {i}", "chosen": f"{i}!", "rejected": f"{i} {i}"} for i in range(64)]
@@ -170,7 +144,6 @@ def test_pairs_are_scored_and_preferred_by_imported_models(folders: dict[str, Pa
         assert kind == "reward" or losses[0] == pytest.approx(math.log(2), abs=1e-4)
 
 
->>>>>>> wt-h
 def _export(folder: Path, model: ArtifactRef, base: Path) -> None:
     """Export what a stage left: the stage reloads it and compares."""
     block = {"export": {"from": {"model": "sft"}, "dtype": "fp32"}}

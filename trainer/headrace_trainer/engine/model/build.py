@@ -91,11 +91,8 @@ def build_model(
         model.output_layer = ScalarHead(config)
     if architecture.rope_scaling is not None:
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
-<<<<<<< HEAD
     if head is Head.LANGUAGE_MODEL_AND_VALUE and gang.is_last_stage:
         model.value_head = ScalarHead(config)
-=======
->>>>>>> wt-h
     _mark_replicated_parameters(model)
     model = model.to(gang.device)
     return model if precision is Precision.FP32 else Float16Module(config, model)
