@@ -1,13 +1,14 @@
-"""Architectures: the Llama family's dimensions, presets, and parameter counts.
+"""Architectures: dimensions, presets, and parameter counts of Llama and of the families that differ from it in details.
 
 In: a stage's ``model`` block. Out: an ``Architecture`` with every dimension filled in, for ``planning`` and the
 trainer's ``model``.
 """
 
 from collections.abc import Collection
+from enum import StrEnum
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from headrace_api.base import FieldError, Part, Spec, api_rules, rule
 
@@ -21,8 +22,46 @@ def padded_vocab(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+class Family(StrEnum):
+    """How a decoder's layers differ from Llama's."""
+
+    LLAMA = "llama"
+    MISTRAL = "mistral"
+    """Not at all; published models may attend to a window of earlier tokens."""
+    QWEN2 = "qwen2"
+    """Queries, keys and values have biases."""
+    QWEN3 = "qwen3"
+    """Queries and keys are normalized, each head by itself."""
+    GEMMA = "gemma"
+    """GELU in the place of SiLU, norms that multiply by 1 + weight, and embeddings scaled by the root of hiddenSize."""
+
+
+class RopeKind(StrEnum):
+    """How rotary frequencies are lowered for longer contexts."""
+
+    LINEAR = "linear"
+    """All by one factor (arXiv 2306.15595)."""
+    LLAMA3 = "llama3"
+    """Those of long waves by a factor, those of short waves not, and the ones between by something between."""
+
+
+class RopeScaling(Spec):
+    """Rotary frequencies for contexts longer than those that a model was first trained on."""
+
+    kind: RopeKind
+    """kind is linear or llama3."""
+    factor: float = Field(gt=0)
+    """factor divides frequencies."""
+    low_frequency_factor: float = Field(1.0, gt=0)
+    """lowFrequencyFactor: waves longer than originalContext over this are divided by the whole factor; of llama3."""
+    high_frequency_factor: float = Field(4.0, gt=0)
+    """highFrequencyFactor: waves shorter than originalContext over this are left alone; of llama3."""
+    original_context: int = Field(8192, ge=1)
+    """originalContext is the number of tokens that the model was first trained on; of llama3."""
+
+
 class Architecture(Spec):
-    """A Llama-style decoder: pre-RMSNorm, SwiGLU, rotary embeddings, grouped-query attention."""
+    """A decoder: pre-RMSNorm, gated feed-forward, rotary embeddings, grouped-query attention."""
 
     layers: int = Field(ge=1, le=10_000)
     """layers is the number of transformer blocks."""
@@ -42,17 +81,55 @@ class Architecture(Spec):
     """initStd is the standard deviation of the initial weights."""
     tie_embeddings: bool = False
     """tieEmbeddings shares one matrix between input embedding and output."""
+    family: Family = Family.LLAMA
+    """family is how the layers differ from Llama's."""
+    head_width: int | None = Field(None, ge=2, le=2**16)
+    """headWidth is the width of a head; hiddenSize over heads if unset."""
+    rope_scaling: RopeScaling | None = None
+    """ropeScaling lowers the rotary frequencies."""
+    window: int | None = Field(None, ge=1)
+    """window is how many tokens back a token sees, itself included; all if unset. Samples may not be longer."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_of_families(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only imported models set, so that the identity of other work stays what it is."""
+        left_out = {name for name in ("family", "head_width", "rope_scaling", "window") if self._is_default(name)}
+        left_out |= {type(self).model_fields[name].alias or name for name in left_out}
+        return {name: value for name, value in serialize(self).items() if name not in left_out}
+
+    def _is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == type(self).model_fields[name].default)
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.heads
+        return self.head_width or self.hidden_size // self.heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.family is Family.QWEN2
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether the queries and keys of each head are normalized."""
+        return self.family is Family.QWEN3
+
+    @property
+    def num_biases(self) -> int:
+        """Parameters in the biases of a layer, which tensor ranks split."""
+        return self.head_dim * (self.heads + 2 * self.kv_heads) if self.has_qkv_bias else 0
+
+    @property
+    def num_head_norms(self) -> int:
+        """Parameters in a layer's norms of queries and keys, of which each tensor rank has all."""
+        return 2 * self.head_dim if self.has_qk_norm else 0
 
     def num_parameters(self, vocab_size: int) -> int:
         """Number of parameters with an unpadded vocabulary, embeddings included."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
-        per_layer = attention + feed_forward + 2 * self.hidden_size
+        per_layer = attention + self.num_biases + self.num_head_norms + feed_forward + 2 * self.hidden_size
         embeddings = vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.layers * per_layer + self.hidden_size + embeddings
 

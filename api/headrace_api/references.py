@@ -36,7 +36,7 @@ def check_references(stages: Sequence[Stage]) -> None:
         field = f"stages[{i}].compute.{stage.compute.ranks_field}"
         if stage.evaluate is not None:
             _check_evaluate(field, stage, arch=architecture_of(stage.evaluate.from_.model, seen))
-        if isinstance(stage.config, Finetune):
+        if isinstance(stage.config, Finetune) and stage.config.from_ is not None:
             _check_finetune(
                 f"stages[{i}].{stage.kind}", stage.config, arch=architecture_of(stage.config.from_.model, seen)
             )
@@ -63,8 +63,13 @@ def _of_readers(otherwise: str, *, evaluate: str, others: str) -> str:
     """CEL that picks, for a stage ``s`` that reads a checkpoint, a value by its kind."""
     chosen = otherwise
     for kind in _FINETUNING:
-        chosen = f"has(s.{kind}) ? s.{kind}.{others} : {chosen}"
+        chosen = f"has(s.{kind}){_only_if_set(kind, others)} ? s.{kind}.{others} : {chosen}"
     return f"(has(s.evaluate) ? {evaluate} : {chosen})"
+
+
+def _only_if_set(kind: str, field: str) -> str:
+    """What CEL asks before it reads a field of a stage that may have been left out."""
+    return f" && has(s.{kind}.from)" if field.startswith("from.") else ""
 
 
 def _split_rule(dimension: str, *, by: str) -> JsonSchema:
@@ -79,8 +84,10 @@ def _split_rule(dimension: str, *, by: str) -> JsonSchema:
     )
 
 
-def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture:
+def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture | None:
     """The dimensions of the model that a stage gives: those of the stage that it was first trained in.
+
+    None if it was trained elsewhere: only the trainer, which reads its config.json, knows them and checks them.
 
     Args:
         name: of a stage that gives a checkpoint.
@@ -90,6 +97,8 @@ def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture:
     if stage.pretrain is not None:
         return stage.pretrain.model.architecture
     assert isinstance(stage.config, Finetune), "a checkpoint comes from training"
+    if stage.config.from_ is None:
+        return None
     return architecture_of(stage.config.from_.model, stages)
 
 
@@ -121,18 +130,22 @@ def _input_rules() -> Iterator[JsonSchema]:
             )
 
 
-def _check_finetune(field: str, config: Finetune, *, arch: Architecture) -> None:
+def _check_finetune(field: str, config: Finetune, *, arch: Architecture | None) -> None:
+    if arch is None:
+        return
     try:
         split_model(config.parallelism, arch)
     except FieldError as error:
         raise FieldError(f"{field}.{error.field}", error.value, error.remedy) from error
 
 
-def _check_evaluate(field: str, stage: Stage, *, arch: Architecture) -> None:
+def _check_evaluate(field: str, stage: Stage, *, arch: Architecture | None) -> None:
     """An evaluate stage splits its model over its ranks; it uses no other axis."""
     ranks = stage.compute.ranks
     if ranks > MAX_TENSOR:
         raise FieldError(field, ranks, f"an evaluate stage splits the model over its ranks; use at most {MAX_TENSOR}")
+    if arch is None:
+        return
     try:
         split_model(Parallelism(tensor=ranks), arch)
     except FieldError as error:
@@ -144,7 +157,7 @@ def _check_vllm(field: str, stage: Stage, *, exported: Stage, seen: Mapping[str,
     gpus = stage.compute.gpus_per_node
     assert exported.export is not None, "only export produces a Hugging Face folder"
     arch = architecture_of(exported.export.from_.model, seen)
-    if gpus and not _vllm_splits(arch, gpus):
+    if arch is not None and gpus and not _vllm_splits(arch, gpus):
         fitting = [d for d in range(1, arch.heads + 1) if _vllm_splits(arch, d)]
         remedy = f"{_VLLM}: {arch.heads} heads and {arch.kv_heads} kvHeads; use {' or '.join(map(str, fitting))}"
         raise FieldError(field, gpus, remedy)

@@ -70,6 +70,14 @@ class RunSpec(Spec):
             f"s.evaluate.exactMatch.all(q, {cel_is_absolute('q.uri')}))",
             f"evaluate.exactMatch.uri {RELATIVE}",
         ),
+        *(
+            rule(
+                f"self.stages.all(s, !has(s.{kind}) || !has(s.{kind}.base) || {cel_is_absolute(f's.{kind}.base.uri')})",
+                f"{kind}.base.uri {RELATIVE}",
+            )
+            for kind, config in KINDS.items()
+            if issubclass(config, Finetune)
+        ),
         *reference_rules(),
     )
 

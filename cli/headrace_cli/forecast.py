@@ -134,6 +134,8 @@ def _needs(run: TrainingRun, stage: Stage) -> dict[str, Any]:
         return needs
     vocab = vocab_size(run, training) or _DEFAULT_VOCAB
     arch = architecture_of(stage.name, {s.name: s for s in run.spec.stages})
+    if arch is None:  # trained elsewhere; only the trainer reads its config.json
+        return needs
 
     def estimate(training: Training) -> Estimate:
         on_gpus = compute.gpus_per_node > 0

@@ -16,12 +16,14 @@ _SPLIT = "split the model over more ranks (parallelism), add data ranks"
 
 
 def vocab_size(run: TrainingRun, training: Training) -> int | None:
-    """Vocabulary size of a training stage's tokenizer, as requested; None if the tokenizer is imported.
+    """Vocabulary size of a training stage's tokenizer, as requested; None if the tokenizer or the model is imported.
 
     A chat template may add a few tokens.
     """
     stages = {stage.name: stage for stage in run.spec.stages}
     while isinstance(training, Finetune):
+        if training.from_ is None:
+            return None
         before = stages[training.from_.model].training
         assert before is not None, "references are checked when a run is parsed"
         training = before
@@ -34,11 +36,14 @@ def vocab_size(run: TrainingRun, training: Training) -> int | None:
 
 
 def least_estimate(run: TrainingRun, stage: Stage, *, on_gpus: bool) -> Estimate | None:
-    """The minimum that a training stage needs, while its vocabulary size may be unknown; None for other stages."""
+    """The minimum that a training stage needs, while its vocabulary size may be unknown; None for other stages, and for
+    models that were trained elsewhere, whose dimensions are unknown."""
     if stage.training is None:
         return None
     vocab = vocab_size(run, stage.training) or _SMALLEST_VOCAB
     arch = architecture_of(stage.name, {s.name: s for s in run.spec.stages})
+    if arch is None:
+        return None
     return estimate_training(stage.training, arch, num_ranks=stage.compute.world, vocab_size=vocab, on_gpus=on_gpus)
 
 

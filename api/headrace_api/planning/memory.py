@@ -117,7 +117,8 @@ def num_stage_parameters(arch: Architecture, axes: Layout, *, stage: int, vocab_
     """
     hidden, first, last = arch.hidden_size, stage == 0, stage == axes.pipeline - 1
     attention = hidden * arch.head_dim * (2 * arch.heads + 2 * arch.kv_heads)
-    layer = (attention + 3 * hidden * arch.ffn_hidden_size) // axes.tensor + 2 * hidden
+    split = attention + arch.num_biases + 3 * hidden * arch.ffn_hidden_size
+    layer = split // axes.tensor + arch.num_head_norms + 2 * hidden
     table = padded_vocab(vocab_size) // axes.tensor * hidden
     # Tied embeddings are one matrix if one rank has both ends of the model, else two copies.
     tables = first + (last and not (first and arch.tie_embeddings))

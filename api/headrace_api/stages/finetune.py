@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import FieldError, Part, Spec, rule
+from headrace_api.base import FieldError, Part, Spec, StoredUri, api_rules, rule
 from headrace_api.model import Architecture
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageName
 from headrace_api.stages.data import Data
@@ -79,13 +79,29 @@ class Adapter(Spec):
     """lora trains low-rank updates of the matrices."""
 
 
+class BaseModel(Spec):
+    """A model that was trained elsewhere."""
+
+    uri: StoredUri
+    """uri is a folder or an s3:// prefix with config.json, safetensors and tokenizer.json, as save_pretrained of transformers writes it: Llama, Mistral, Qwen2, Qwen3 or Gemma. A relative path is relative to the manifest."""
+
+
+_ONE_ORIGIN = "set either from.model, to go on from an earlier stage, or base.uri, to start from a Hugging Face folder; not both"
+ORIGIN_RULE = rule("has(self.from) != has(self.base)", _ONE_ORIGIN)
+"""Of every stage here; a class with rules of its own repeats it."""
+
+
 class Finetune(Training):
     """A stage that trains a model further, on records."""
 
+    model_config = api_rules(ORIGIN_RULE)
+
     RUNS_AS = RunsAs.GANG
 
-    from_: ModelInputs = Field(alias="from")
+    from_: ModelInputs | None = Field(None, alias="from")
     """from names the model to start from."""
+    base: BaseModel | None = None
+    """base is a model to start from that was trained elsewhere."""
     data: Data
     """data is the records."""
     epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
@@ -98,3 +114,9 @@ class Finetune(Training):
     """globalBatchSize is the number of samples in a step, over all ranks."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=2e-5))
     """schedule is the learning rate over the run; learningRate is 2e-5 if the block is left out."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.from_ is None) == (self.base is None):
+            raise FieldError("from", None, _ONE_ORIGIN)
+        return self
