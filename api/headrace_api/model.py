@@ -4,6 +4,7 @@ In: a stage's ``model`` block. Out: an ``Architecture`` with every dimension fil
 trainer's ``model``.
 """
 
+import math
 from collections.abc import Collection
 from enum import StrEnum
 from typing import Any, Self
@@ -114,6 +115,11 @@ class Architecture(Spec):
     def has_qk_norm(self) -> bool:
         """Whether the queries and keys of each head are normalized."""
         return self.family is Family.QWEN3
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by on their way into the first layer."""
+        return math.sqrt(self.hidden_size) if self.family is Family.GEMMA else 1.0
 
     @property
     def num_biases(self) -> int:

@@ -210,10 +210,10 @@ def transformers_steps(training: Training, compile: bool, warm_up: int, repeats:
     """The same shape by transformers' Llama: fp32 weights, bf16 autocast, torch's fused AdamW, compiled."""
     from transformers import LlamaForCausalLM
 
-    from headrace_trainer.stages.export.llama import llama_config
+    from headrace_trainer.formats.huggingface.configs import huggingface_config
 
     on = device.compute_device()
-    model: Any = LlamaForCausalLM(llama_config(training.card, dtype="float32")).to(on)
+    model: Any = LlamaForCausalLM(huggingface_config(training.card, dtype="float32")).to(on)
     forward = torch.compile(model) if compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     samples = RandomSamples(training)
@@ -238,8 +238,8 @@ def transformers_steps(training: Training, compile: bool, warm_up: int, repeats:
 def train_and_export(training: Training, folder: str) -> str:
     """A short training's model as transformers and vLLM load it; the folder."""
     from headrace_api.stages.export import ExportDtype
+    from headrace_trainer.formats.huggingface.names import to_huggingface
     from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER
-    from headrace_trainer.stages.export.llama import to_llama
     from headrace_trainer.stages.export.stage import write_model
     from headrace_trainer.stages.export.weights import read_weights
     from headrace_trainer.stages.pretrain.stage import leave_model
@@ -250,7 +250,7 @@ def train_and_export(training: Training, folder: str) -> str:
         output.mkdir()
         leave_model(output, loop, training.card)
     exported.mkdir()
-    weights = to_llama(read_weights(output / CHECKPOINT_FOLDER), training.card)
+    weights = to_huggingface(read_weights(output / CHECKPOINT_FOLDER), training.card)
     tensors = {name: tensor.bfloat16() for name, tensor in weights.items()}
     write_model(exported, tensors, training.card, dtype=ExportDtype.BF16)
     return str(exported)

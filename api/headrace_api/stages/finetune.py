@@ -86,7 +86,9 @@ class BaseModel(Spec):
     """uri is a folder or an s3:// prefix with config.json, safetensors and tokenizer.json, as save_pretrained of transformers writes it: Llama, Mistral, Qwen2, Qwen3 or Gemma. A relative path is relative to the manifest."""
 
 
-_ONE_ORIGIN = "set either from.model, to go on from an earlier stage, or base.uri, to start from a Hugging Face folder; not both"
+_ONE_ORIGIN = (
+    "set either from.model, to go on from an earlier stage, or base.uri, to start from a Hugging Face folder; not both"
+)
 ORIGIN_RULE = rule("has(self.from) != has(self.base)", _ONE_ORIGIN)
 """Of every stage here; a class with rules of its own repeats it."""
 

@@ -18,13 +18,13 @@ from headrace_api.artifact import Artifact, ArtifactRef
 from headrace_api.contract import ResolvedStage
 from headrace_api.stages.export import ExportDtype
 from headrace_trainer import artifacts
+from headrace_trainer.formats.huggingface.names import to_huggingface
 from headrace_trainer.formats.model_card import read_card
 from headrace_trainer.formats.tokenizer import END_OF_TEXT, save_tokenizer
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.export import run
 from headrace_trainer.stages.export import stage as export_stage
 from headrace_trainer.stages.export.lineage import lineage
-from headrace_trainer.stages.export.llama import to_llama
 from headrace_trainer.stages.export.parity import check_export
 from headrace_trainer.stages.export.weights import read_weights
 from headrace_trainer.storage import DirectoryStore, open_store
@@ -163,7 +163,7 @@ def test_large_models_are_written_as_several_files(exported, tmp_path, monkeypat
     shutil.copytree(exported.folder, tmp_path / "ship", ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.setattr(export_stage, "_LARGEST_FILE", "100KB")
     card = read_card(exported.trained)
-    tensors = to_llama(read_weights(exported.trained / "checkpoint"), card)
+    tensors = to_huggingface(read_weights(exported.trained / "checkpoint"), card)
     export_stage.write_model(tmp_path / "ship", tensors, card, dtype=ExportDtype.FP32)
     assert len(list((tmp_path / "ship").glob("model-*-of-*.safetensors"))) > 2
     check_export(tmp_path / "ship", tensors)

@@ -11,30 +11,24 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace_api.artifact import canonical_digest
 from headrace_api.model import padded_vocab
 from headrace_api.stages import Finetune
 from headrace_trainer.engine.adapter_files import write_adapter
 from headrace_trainer.engine.assembly import final_metrics, leave_model
 from headrace_trainer.engine.batches import Samples
-from headrace_trainer.engine.checkpoint.state import load_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import Head, build_model
 from headrace_trainer.engine.model.lora import merge_adapters
-from headrace_trainer.engine.model.scalar_head import load_language_model
 from headrace_trainer.engine.model.start import fill_start_weights
+from headrace_trainer.engine.origin import Origin, Pretrained, find_origin
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat import Encoder, with_chat_template
 from headrace_trainer.formats.chat.tokens import load
 from headrace_trainer.formats.dataset import Dataset, load_dataset
-from headrace_trainer.formats.model_card import (
-    ADAPTER_FOLDER,
-    CHECKPOINT_FOLDER,
-    TOKENIZER_FOLDER,
-    ModelCard,
-    read_card,
-)
+from headrace_trainer.formats.model_card import ADAPTER_FOLDER, TOKENIZER_FOLDER, ModelCard
 from headrace_trainer.formats.preview import preview
 from headrace_trainer.formats.records import Shape
 from headrace_trainer.formats.tokenizer import load_tokenizer
@@ -48,12 +42,19 @@ DATA_REPORT, EXAMPLES = "data.json", "examples.md"
 class Start:
     """What a stage begins with."""
 
-    model: Path
-    """The artifact that it trains further."""
+    origin: Origin
+    """The model that it trains further."""
     card: ModelCard
     """Of the model that it gives: its vocabulary may have grown by the template's tokens."""
     tokenizer: Path
     dataset: Dataset
+
+    @property
+    def digest(self) -> str:
+        """Of all that the stage reads from files of the user's."""
+        if isinstance(self.origin, Pretrained):
+            return canonical_digest([self.dataset.digest, self.origin.digest])
+        return self.dataset.digest
 
     def build(self, gang: Gang, config: Finetune, *, seed: int) -> MegatronModule:
         """The model as it is before training, on this gang."""
@@ -70,8 +71,7 @@ class Start:
     def fill(self, model: MegatronModule, *, seed: int, head: Head = Head.LANGUAGE_MODEL) -> None:
         """Load the weights. Rows of tokens that the model did not have keep their start weights, and so does a new head."""
         fill_start_weights(model, self.card.architecture, seed=seed)
-        load = load_weights if head is Head.LANGUAGE_MODEL else load_language_model
-        load(model, self.model / CHECKPOINT_FOLDER)
+        self.origin.load(model, head=head)
 
 
 def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shape]) -> Start:
@@ -83,12 +83,12 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
         allowed: the shapes of records that the stage takes.
 
     Raises:
-        UserError: the records or the template cannot be used.
+        UserError: the model, the records or the template cannot be used.
         StorageError: the model is gone.
     """
     config = ctx.config
     assert isinstance(config, Finetune)
-    trained, kind = ctx.input("model"), ctx.resolved.stage.kind
+    origin, kind = find_origin(ctx), ctx.resolved.stage.kind
     folder, done = ctx.scratch / "data", ctx.scratch / "data.done"
     tokenizer = folder / TOKENIZER_FOLDER
     ctx.report(phase="Starting", message="reading the records")
@@ -96,7 +96,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             tokenizer.mkdir(parents=True)
-            with_chat_template(trained / TOKENIZER_FOLDER, tokenizer, template=template)
+            with_chat_template(origin.tokenizer, tokenizer, template=template)
             dataset = load_dataset(
                 config.data,
                 name=f"{kind}.data",
@@ -108,7 +108,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
             )
             dataset.save(folder)
             done.touch()
-    card = read_card(trained)
+    card = origin.card
     vocab_size = max(card.vocab_size, load_tokenizer(tokenizer).vocab_size)
     card = card.model_copy(
         update={
@@ -119,7 +119,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
             "stop_ids": tuple(Encoder(tokenizer, sequence_length=config.sequence_length).stop_ids()),
         }
     )
-    return Start(model=trained, card=card, tokenizer=tokenizer, dataset=Dataset.open(folder))
+    return Start(origin=origin, card=card, tokenizer=tokenizer, dataset=Dataset.open(folder))
 
 
 def num_steps(config: Finetune, samples: Samples) -> int:
@@ -154,7 +154,7 @@ def leave_finetuned(ctx: StageContext, loop: Loop, start: Start) -> dict[str, fl
             lora=lora,
             card=start.card,
             gang=loop.gang,
-            with_vocabulary=start.card.vocab_size > read_card(start.model).vocab_size,
+            with_vocabulary=start.card.vocab_size > start.origin.card.vocab_size,
         )
         merge_adapters(model)
         trained["trainedParameters"] = float(lora.num_parameters(start.card.architecture))

@@ -26,8 +26,14 @@ class ModelCard(Spec):
     """eodId is the token that ends a document."""
     stop_ids: tuple[int, ...] = ()
     """stopIds are the tokens that end an answer, where the model was trained to give answers."""
+    bos_id: int | None = None
+    """bosId is the token that begins a document, where it is another than eodId."""
     sequence_length: int
     """sequenceLength is the number of tokens per training sample."""
+    context: int | None = None
+    """context is the number of tokens that the model was made for, where it was trained elsewhere."""
+    base: str | None = None
+    """base is the address of the model that training started from, where it was trained elsewhere."""
     precision: Precision
     """precision is the number format used in training."""
 

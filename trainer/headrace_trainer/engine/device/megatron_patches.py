@@ -80,13 +80,26 @@ def _write_buckets(transforms: list[Any], _msc: bool, _rank: int, buckets: list[
     results.put(written)
 
 
+class ZeroCenteredNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, in fp32, as Transformer Engine's with a zero-centered gamma."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize the last dimension."""
+        return torch.nn.functional.rms_norm(
+            x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps
+        ).type_as(x)
+
+
 def _norm(_cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.Module:
     """torch's norm for Megatron's local layers, with its weights marked for sequence parallelism.
 
     Unmarked, each tensor rank would train its norms on its own part of the sequence, and they would drift apart.
     """
-    kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-    module = kind(hidden_size, eps=eps)
+    if config.layernorm_zero_centered_gamma:
+        module: torch.nn.Module = ZeroCenteredNorm(hidden_size, eps=eps)
+    else:
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        module = kind(hidden_size, eps=eps)
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return module

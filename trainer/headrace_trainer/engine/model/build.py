@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headrace_api.model import Architecture, padded_vocab
+from headrace_api.model import Architecture, Family, padded_vocab
 from headrace_api.parallelism import Layout
 from headrace_api.stages.training import Fp8Recipe, Precision
 from headrace_trainer.engine import device
@@ -24,6 +24,7 @@ from headrace_trainer.engine.device.megatron import (
 )
 from headrace_trainer.engine.model.attention import CachingSelfAttention, CausalAttention
 from headrace_trainer.engine.model.language_model import LanguageModel
+from headrace_trainer.engine.model.rope import scaled_frequencies
 from headrace_trainer.engine.model.scalar_head import ScalarHead
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.errors import UserError
@@ -72,9 +73,10 @@ def build_model(
     )
     model = LanguageModel(
         config=config,
-        transformer_layer_spec=_layer_spec(),
+        transformer_layer_spec=_layer_spec(architecture),
         vocab_size=padded_vocab(vocab_size),
         real_vocab_size=vocab_size,
+        embedding_scale=architecture.embedding_scale,
         max_sequence_length=sequence_length,
         position_embedding_type="rope",
         rotary_base=architecture.rope_base,
@@ -84,6 +86,8 @@ def build_model(
     )
     if head is Head.SCALAR and gang.is_last_stage:
         model.output_layer = ScalarHead(config)
+    if architecture.rope_scaling is not None:
+        model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
     _mark_replicated_parameters(model)
     model = model.to(gang.device)
     return model if precision is Precision.FP32 else Float16Module(config, model)
@@ -99,7 +103,7 @@ def check_precision(precision: Precision) -> None:
 def transformer_config(
     architecture: Architecture, *, layout: Layout, sequence_length: int, precision: Precision, fp8_recipe: Fp8Recipe
 ) -> TransformerConfig:
-    """Megatron's configuration of the Llama family's shape.
+    """Megatron's configuration of a model.
 
     Megatron's own initialization stays on and is given nothing to do: it is what marks the matrices as split over
     tensor ranks, and without the marks gradient norms leave out all ranks but the first.
@@ -109,11 +113,15 @@ def transformer_config(
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.heads,
         num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_dim,
+        add_qkv_bias=architecture.has_qkv_bias,
+        qk_layernorm=architecture.has_qk_norm,
         ffn_hidden_size=architecture.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=_ACTIVATIONS.get(architecture.family, torch.nn.functional.silu),
+        layernorm_zero_centered_gamma=architecture.family is Family.GEMMA,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -127,7 +135,7 @@ def transformer_config(
         deterministic_mode=True,
         attention_softmax_in_fp32=True,
         **_formats(precision, fp8_recipe),
-        **_fusions(),
+        **_fusions(architecture),
     )
 
 
@@ -147,23 +155,32 @@ def _formats(precision: Precision, fp8_recipe: Fp8Recipe) -> dict[str, Any]:
     return formats
 
 
-def _fusions() -> dict[str, bool]:
+def _gelu(gate: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh form."""
+    return torch.nn.functional.gelu(gate, approximate="tanh")
+
+
+_ACTIVATIONS = {Family.GEMMA: _gelu}
+
+
+def _fusions(architecture: Architecture) -> dict[str, bool]:
     """Fused kernels: Transformer Engine brings its own; Apex's are never taken."""
     fused = device.has_transformer_engine()
     return {
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": fused,
-        "bias_activation_fusion": fused,
+        # Megatron knows the activations of its fused kernels by their functions, and the tanh form of GELU has none.
+        "bias_activation_fusion": fused and architecture.family not in _ACTIVATIONS,
         "apply_rope_fusion": fused,
     }
 
 
-def _layer_spec() -> ModuleSpec:
+def _layer_spec(architecture: Architecture) -> ModuleSpec:
     if device.has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.has_qk_norm)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.has_qk_norm)
         spec.submodules.self_attention.submodules.core_attention = CausalAttention
     spec.submodules.self_attention.module = CachingSelfAttention
     return spec

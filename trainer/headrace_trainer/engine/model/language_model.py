@@ -16,11 +16,14 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
     Args:
         real_vocab_size: tokens that exist; the other columns have probability 0.
+        embedding_scale: what embeddings are multiplied by on their way into the first layer.
         kwargs: as for GPTModel; its ``vocab_size`` is the padded width.
     """
 
-    def __init__(self, *, real_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *, real_vocab_size: int, embedding_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if embedding_scale != 1 and self.pre_process:
+            self.embedding.register_forward_hook(_Scale(embedding_scale))
         self.real_vocab_size = real_vocab_size
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -35,6 +38,16 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         """
         losses: torch.Tensor = super().compute_language_model_loss(labels, hide_padding(logits, self.real_vocab_size))
         return losses
+
+
+class _Scale:
+    """Multiplies what a module gives by a number in that number format."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+
+    def __call__(self, module: torch.nn.Module, given: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded * torch.tensor(self._scale, dtype=module.word_embeddings.weight.dtype, device=embedded.device)
 
 
 def hide_padding(logits: torch.Tensor, real_vocab_size: int) -> torch.Tensor:

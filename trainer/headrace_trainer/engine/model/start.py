@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from headrace_api.model import Architecture
+from headrace_api.model import Architecture, Family
 from headrace_trainer.engine.device.megatron import MegatronModule, ShardedTensor, apply_factories, nested_values
 from headrace_trainer.engine.model.scalar_head import HEAD_KEY, head_std
 
@@ -26,12 +26,15 @@ _KEY_BYTES = 16
 def fill_start_weights(model: MegatronModule, architecture: Architecture, *, seed: int) -> None:
     """Fill every parameter of ``model`` in place.
 
-    Norms start at 1, matrices are normal with ``init_std``; those that write to the residual stream are scaled down by
-    the root of twice the number of layers (GPT-2, section 2.3 of its report). A scalar head has a width of its own.
+    Norms start at a factor of 1, biases at 0, matrices are normal with ``init_std``; those that write to the residual stream
+    are scaled down by the root of twice the number of layers (GPT-2, section 2.3 of its report). A scalar head has a width
+    of its own.
     """
     for shard in shards(model):
         if "norm" in shard.key:
-            shard.data.fill_(1.0)
+            shard.data.fill_(0.0 if architecture.family is Family.GEMMA else 1.0)
+        elif shard.key.endswith(".bias"):
+            shard.data.zero_()
         else:
             part = draw(shard, seed=seed).mul_(_std(shard.key, architecture))
             shard.data.copy_(part.reshape(shard.data.shape))

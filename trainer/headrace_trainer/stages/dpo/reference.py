@@ -53,7 +53,7 @@ def references(ctx: StageContext, gang: Gang, start: Start) -> References:
     dataset = start.dataset
     held_out = dataset.validation
     digests = [dataset.train.digest, held_out.digest if held_out is not None else None]
-    parts = [ctx.resolved.inputs["model"].digest, *digests, start.card.precision]
+    parts = [start.origin.digest, *digests, start.card.precision]
     key = f"{ctx.resolved.stage.name}/reference/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.npz"
 
     def stored() -> bytes | None:

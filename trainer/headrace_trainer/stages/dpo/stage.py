@@ -78,6 +78,6 @@ def build_dpo(ctx: StageContext, gang: Gang, start: Start) -> Loop:
         training=ReferencedSamples(training, found.train),
         validation=ReferencedSamples(validation, found.validation) if validation is not None else None,
         fill=lambda model: start.fill(model, seed=ctx.resolved.seed),
-        data=start.dataset.digest,
+        data=start.digest,
     )
     return build_loop(ctx, gang, task)

@@ -1,7 +1,7 @@
 """The export stage: a Megatron checkpoint -> a folder that transformers and vLLM load.
 
-``weights`` reads the checkpoint without Megatron or a process group, ``llama`` maps tensors to their Hugging Face
-names, ``card`` documents where the model comes from, ``parity`` loads what was written; ``stage`` runs them in order.
+``weights`` reads the checkpoint without Megatron or a process group, ``formats.huggingface`` maps tensors to their Hugging
+Face names, ``card`` documents where the model comes from, ``parity`` loads what was written; ``stage`` runs them in order.
 """
 
 from typing import TYPE_CHECKING

@@ -9,9 +9,17 @@ from pathlib import Path
 
 from headrace_api.artifact import Artifact
 from headrace_api.contract import ResolvedStage
+from headrace_api.model import Family
 from headrace_api.stages import Export
 from headrace_trainer.formats.model_card import HISTORY_FILE, ModelCard
 
+_NAMES = {
+    Family.LLAMA: "Llama",
+    Family.MISTRAL: "Mistral",
+    Family.QWEN2: "Qwen2",
+    Family.QWEN3: "Qwen3",
+    Family.GEMMA: "Gemma",
+}
 _USE = """\
 ## Use
 
@@ -56,7 +64,11 @@ def model_card(resolved: ResolvedStage, card: ModelCard, trained: Path, *, ances
     assert isinstance(config, Export)
     front = {"license": config.license, "library_name": "transformers", "pipeline_tag": "text-generation"}
     lines = ["---", *(f"{k}: {v}" for k, v in front.items()), "---", f"# {resolved.run}", ""]
-    lines += [f"A decoder of the Llama family, trained from random weights by the run `{resolved.run}`.", ""]
+    began = "random weights" if card.base is None else f"the model at `{card.base}`"
+    lines += [
+        f"A decoder of the {_NAMES[card.architecture.family]} family, trained from {began} by the run `{resolved.run}`.",
+        "",
+    ]
     lines += _section("Model", _rows({**_model_rows(card), "Weights": f"safetensors, {config.dtype.value}"}))
     lines += _section("Training", _rows(_training_rows(trained / HISTORY_FILE)))
     lines += _section("Lineage", _lineage(resolved, ancestors))
@@ -73,7 +85,7 @@ def _model_rows(card: ModelCard) -> dict[str, str]:
         "Feed-forward size": str(arch.ffn_hidden_size),
         "Embeddings": "input and output shared" if arch.tie_embeddings else "input and output separate",
         "Vocabulary": f"{card.vocab_size:,}",
-        "Context": f"{card.sequence_length:,} tokens",
+        "Context": f"{max(card.context or 0, card.sequence_length):,} tokens",
         "Trained in": card.precision.value,
     }
 

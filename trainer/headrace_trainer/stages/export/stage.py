@@ -10,11 +10,12 @@ from transformers import GenerationConfig
 
 from headrace_api.stages import Export
 from headrace_api.stages.export import ExportDtype
+from headrace_trainer.formats.huggingface.configs import huggingface_config
+from headrace_trainer.formats.huggingface.names import to_huggingface
 from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, TOKENIZER_FOLDER, ModelCard, read_card
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.export.card import model_card
 from headrace_trainer.stages.export.lineage import lineage
-from headrace_trainer.stages.export.llama import llama_config, to_llama
 from headrace_trainer.stages.export.parity import check_export
 from headrace_trainer.stages.export.weights import read_weights
 
@@ -41,7 +42,7 @@ def run_export(ctx: StageContext) -> dict[str, float]:
     ctx.report(phase="Running", message="reading the checkpoint")
     tensors = {
         name: tensor.to(_DTYPES[config.dtype])
-        for name, tensor in to_llama(read_weights(trained / CHECKPOINT_FOLDER), card).items()
+        for name, tensor in to_huggingface(read_weights(trained / CHECKPOINT_FOLDER), card).items()
     }
     ctx.report(phase="Running", message="writing the model")
     write_model(ctx.output, tensors, card, dtype=config.dtype)
@@ -57,8 +58,12 @@ def run_export(ctx: StageContext) -> dict[str, float]:
 def write_model(folder: Path, tensors: dict[str, torch.Tensor], card: ModelCard, *, dtype: ExportDtype) -> None:
     """Write the weights (in several files with an index if they are large) and both configurations."""
     save_torch_state_dict(tensors, folder, max_shard_size=_LARGEST_FILE)
-    llama_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
+    huggingface_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
     stops = [*card.stop_ids] or card.eod_id
-    ids = {"bos_token_id": card.eod_id, "eos_token_id": stops, "pad_token_id": card.eod_id}
+    ids = {
+        "bos_token_id": card.eod_id if card.bos_id is None else card.bos_id,
+        "eos_token_id": stops,
+        "pad_token_id": card.eod_id,
+    }
     generation: Any = GenerationConfig
     generation(**ids, **_SAMPLING).save_pretrained(folder)

@@ -73,7 +73,7 @@ def build_reward(ctx: StageContext, gang: Gang, start: Start) -> Loop:
         validation=validation_packs(start.dataset, capacity=capacity, packing=packing),
         head=Head.SCALAR,
         fill=lambda model: start.fill(model, seed=ctx.resolved.seed, head=Head.SCALAR),
-        data=start.dataset.digest,
+        data=start.digest,
     )
     return build_loop(ctx, gang, task)
 

@@ -58,6 +58,6 @@ def build_sft(ctx: StageContext, gang: Gang, start: Start) -> Loop:
         training=samples,
         validation=validation_packs(start.dataset, capacity=config.sequence_length, packing=packing),
         fill=lambda model: start.fill(model, seed=ctx.resolved.seed),
-        data=start.dataset.digest,
+        data=start.digest,
     )
     return build_loop(ctx, gang, task)
