@@ -259,6 +259,36 @@ def test_a_good_manifest_is_taken_with_the_defaults_of_the_classes(admission: Ad
     assert parse_run(admission.create(value), body=Body.CLUSTER).spec == parse_run(value).spec
 
 
+ORIGINS: list[tuple[Json, bool]] = [
+    ({"from": {"model": "base"}}, True),
+    ({"base": {"uri": "s3://models/llama"}}, True),
+    ({"base": {"uri": "/models/llama"}}, True),
+    ({}, False),
+    ({"from": {"model": "base"}, "base": {"uri": "s3://models/llama"}}, False),
+    ({"base": {"uri": "models/llama"}}, False),
+    ({"base": {"uri": "gs://models/llama"}}, False),
+    ({"base": {}}, False),
+]
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_both_take_and_refuse_the_same_models_to_start_from(admission: Admission, kind: str) -> None:
+    for origin, taken in ORIGINS:
+        value = manifest("corpus", "tok", "tokens", "base")
+        block = {"data": {"sources": [{"uri": "/records"}]}, **origin}
+        value["spec"]["stages"].append({"name": "tuned", kind: block})
+        if kind != "reward":
+            reader = {"name": "eval", "evaluate": {"from": {"model": "tuned", "shards": "tokens"}}}
+            value["spec"]["stages"].append(reader)
+        assert (admission.refusals(value) == []) == taken, (origin, admission.refusals(value))
+        try:
+            parse_run(value, body=Body.CLUSTER)
+        except ManifestError as error:
+            assert not taken, error.problems
+        else:
+            assert taken, origin
+
+
 def _as_kubectl_sends(value: Any) -> Any:
     """A value as Go writes it: 16.0 is 16 there. (Sent as 16.0, CEL calls it no integer; stored objects never hold it.)"""
     if isinstance(value, dict):
