@@ -19,7 +19,8 @@ from headrace_api.contract import ResolvedStage
 from headrace_api.model import Architecture
 from headrace_api.stages import Lora
 from headrace_trainer.formats.model_card import read_card
-from headrace_trainer.stages.export.llama import llama_config, to_llama
+from headrace_trainer.formats.huggingface.configs import huggingface_config
+from headrace_trainer.formats.huggingface.names import to_huggingface
 from headrace_trainer.stages.export.weights import read_weights
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, gang
 from trainer.export.ranks import PROMPTS, ask_megatron
@@ -172,8 +173,8 @@ def apart(some: list[torch.Tensor], others: list[Any]) -> float:
 def transformers_model(folder: Path) -> LlamaForCausalLM:
     """What export makes of a checkpoint artifact."""
     card = read_card(folder)
-    model = LlamaForCausalLM(llama_config(card, dtype="float32"))
-    model.load_state_dict(to_llama(read_weights(folder / "checkpoint"), card))
+    model = LlamaForCausalLM(huggingface_config(card, dtype="float32"))
+    model.load_state_dict(to_huggingface(read_weights(folder / "checkpoint"), card))
     return model.eval()
 
 
@@ -208,7 +209,7 @@ def test_a_reward_model_trains_its_head_beside_the_adapter(base: Base, tmp_path:
     stored = FileSystemReader(str(newest)).read_metadata().state_dict_metadata
     assert "optimizer.state.exp_avg.scalar_head.weight" in stored
     card = read_card(folder)
-    model = LlamaForSequenceClassification(llama_config(card, dtype="float32"))
+    model = LlamaForSequenceClassification(huggingface_config(card, dtype="float32"))
     model.config.num_labels = 1
     model.score = torch.nn.Linear(64, 1, bias=False)
     scorer = PeftModel.from_pretrained(model, str(folder / "adapter"))

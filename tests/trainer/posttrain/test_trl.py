@@ -13,7 +13,7 @@ from headrace_api.stages.export import ExportDtype
 from headrace_trainer.formats.dataset import Dataset
 from headrace_trainer.formats.model_card import read_card
 from headrace_trainer.formats.packs import Packing, PackOrder
-from headrace_trainer.stages.export.llama import to_llama
+from headrace_trainer.formats.huggingface.names import to_huggingface
 from headrace_trainer.stages.export.stage import write_model
 from headrace_trainer.stages.export.weights import read_weights
 from trainer.data.builders import finish, make_context
@@ -95,7 +95,7 @@ def test_twenty_steps_are_trls(base: Base, tmp_path: Path, kind: str) -> None:
         weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"]
         card = read_card(Path(start.output_uri))
         (tmp_path / "hf").mkdir()
-        write_model(tmp_path / "hf", to_llama(weights, card), card, dtype=ExportDtype.FP32)
+        write_model(tmp_path / "hf", to_huggingface(weights, card), card, dtype=ExportDtype.FP32)
         shutil.copytree(Path(start.output_uri) / "tokenizer", tmp_path / "hf", dirs_exist_ok=True)
         task["model"] = str(tmp_path / "hf")
     else:
