@@ -18,9 +18,9 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from headrace_api.contract import ResolvedStage
 from headrace_api.model import Architecture
 from headrace_api.stages import Lora
-from headrace_trainer.formats.model_card import read_card
 from headrace_trainer.formats.huggingface.configs import huggingface_config
 from headrace_trainer.formats.huggingface.names import to_huggingface
+from headrace_trainer.formats.model_card import read_card
 from headrace_trainer.stages.export.weights import read_weights
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, gang
 from trainer.export.ranks import PROMPTS, ask_megatron

@@ -11,9 +11,9 @@ import pytest
 
 from headrace_api.stages.export import ExportDtype
 from headrace_trainer.formats.dataset import Dataset
+from headrace_trainer.formats.huggingface.names import to_huggingface
 from headrace_trainer.formats.model_card import read_card
 from headrace_trainer.formats.packs import Packing, PackOrder
-from headrace_trainer.formats.huggingface.names import to_huggingface
 from headrace_trainer.stages.export.stage import write_model
 from headrace_trainer.stages.export.weights import read_weights
 from trainer.data.builders import finish, make_context
