@@ -9,6 +9,7 @@ from headrace_api.artifact import stage_hash
 from headrace_api.errors import Body, ManifestError, parse_run
 from headrace_api.model import PRESETS, Architecture, Family, RopeKind, RopeScaling
 from headrace_api.parallelism import Layout
+from headrace_api.planning.fit import device_errors, least_estimate, vocab_size
 from headrace_api.planning.memory import num_stage_parameters
 from headrace_api.references import architecture_of
 from headrace_api.stages import Pretrain, Sft
@@ -53,6 +54,15 @@ def test_a_model_that_was_trained_elsewhere_has_dimensions_that_only_the_trainer
     del value["spec"]["stages"][4]["sft"]["base"]
     with pytest.raises(ManifestError, match="must divide the model's"):
         parse_run(value)
+
+
+def test_memory_is_not_estimated_for_a_model_of_unknown_dimensions() -> None:
+    run = parse_run(run_with({"base": {"uri": "/llama"}}))
+    base, tuned = run.spec.stages[3:5]
+    assert least_estimate(run, base, on_gpus=True) is not None
+    assert least_estimate(run, tuned, on_gpus=True) is None
+    assert tuned.training is not None and vocab_size(run, tuned.training) is None
+    device_errors(run, gpu_memory=1)
 
 
 def test_the_identity_of_finished_work_is_what_it_was_before_there_were_families() -> None:

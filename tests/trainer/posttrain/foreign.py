@@ -120,7 +120,10 @@ def imported(rank: int, world: int, layout: dict[str, int], folders: dict[str, P
     with join_gang(Layout(**layout), rank=rank, local_rank=rank, local_world=world, seed=1) as gang:
         for name, folder in folders.items():
             source = bring_pretrained(
-                open_uri(str(folder), Storage()), folder.parent / f"{rank}", field="x", check=lambda architecture: None
+                open_uri(str(folder), Storage()),
+                folder.parent / f"{folder.name} on {rank} of {world}",
+                field="x",
+                check=lambda architecture: None,
             )
             model = build_model(
                 source.architecture, gang=gang, vocab_size=VOCAB, sequence_length=LENGTH, precision=Precision.FP32

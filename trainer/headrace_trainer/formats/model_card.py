@@ -27,13 +27,19 @@ class ModelCard(Spec):
     stop_ids: tuple[int, ...] = ()
     """stopIds are the tokens that end an answer, where the model was trained to give answers."""
     bos_id: int | None = None
-    """bosId is the token that begins a document, where it is another than eodId."""
+    """bosId is the token that begins a document, if a model that was trained elsewhere has one; eodId otherwise."""
     sequence_length: int
     """sequenceLength is the number of tokens per training sample."""
     context: int | None = None
     """context is the number of tokens that the model was made for, where it was trained elsewhere."""
     base: str | None = None
     """base is the address of the model that training started from, where it was trained elsewhere."""
+
+    @property
+    def first_id(self) -> int | None:
+        """The token that begins a document; None if a model that was trained elsewhere knows none."""
+        return self.eod_id if self.base is None else self.bos_id
+
     precision: Precision
     """precision is the number format used in training."""
 

@@ -155,7 +155,7 @@ def huggingface_config(card: ModelCard, *, dtype: str) -> "PreTrainedConfig":
         initializer_range=arch.init_std,
         rope_parameters=_rope_parameters(arch),
         tie_word_embeddings=arch.tie_embeddings,
-        bos_token_id=card.eod_id if card.bos_id is None else card.bos_id,
+        bos_token_id=card.first_id,
         eos_token_id=card.eod_id,
         dtype=dtype,
         **own,

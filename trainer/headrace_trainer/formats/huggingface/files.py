@@ -189,5 +189,6 @@ def _digest(folder: Path, names: list[str], *, kept: Path) -> str:
                 one.update(chunk)
                 board.beat()
         found.update(json.dumps([name, one.hexdigest()]).encode())
+    kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(found.hexdigest())
     return found.hexdigest()

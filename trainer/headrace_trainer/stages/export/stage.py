@@ -61,7 +61,7 @@ def write_model(folder: Path, tensors: dict[str, torch.Tensor], card: ModelCard,
     huggingface_config(card, dtype=_NAMES[dtype]).save_pretrained(folder)
     stops = [*card.stop_ids] or card.eod_id
     ids = {
-        "bos_token_id": card.eod_id if card.bos_id is None else card.bos_id,
+        "bos_token_id": card.first_id,
         "eos_token_id": stops,
         "pad_token_id": card.eod_id,
     }
