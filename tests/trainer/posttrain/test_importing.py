@@ -147,6 +147,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2, tied", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window: True: sliding windows"),
     ("qwen2, tied", {"model_type": "llama"}, "which a llama model has not"),
     ("llama", {"model_type": "qwen2"}, "its files lack model.layers.0.self_attn.k_proj.bias"),
+    ("llama", {"hidden_size": "wide"}, "config.json: transformers cannot read it"),
+    ("llama", {"num_hidden_layers": 0}, "config.json: "),
+    ("llama", {"num_key_value_heads": 0}, "num_key_value_heads: 0: must divide"),
     ("llama", {"intermediate_size": 128}, "mlp.gate_proj.weight is [96, 64], and by config.json [128, 64]"),
 ]  # fmt: skip
 
@@ -184,6 +187,16 @@ def test_a_file_that_is_missing_or_cut_off_is_named(folders: dict[str, Path], tm
     if file == "model.safetensors":
         (folder / file).write_bytes(whole[:-100])
         with pytest.raises(UserError, match=r"model\.safetensors: cannot be read as safetensors"):
+            _bring(folder, tmp_path)
+
+
+def test_an_index_that_names_other_files_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = _copy(folders["sharded"], tmp_path / "changed")
+    index = folder / "model.safetensors.index.json"
+    index.unlink()
+    for weight_map, said in (({"x": "../outside"}, r"found no \.\./outside"), ([], "names no files in weight_map")):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=said):
             _bring(folder, tmp_path)
 
 

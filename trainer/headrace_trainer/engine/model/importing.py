@@ -7,7 +7,6 @@ holds more than one of them whole.
 import torch
 
 from headrace_trainer.engine.device.megatron import MegatronModule, ShardedTensor
-from headrace_trainer.engine.model.scalar_head import HEAD_KEY
 from headrace_trainer.engine.model.start import shards
 from headrace_trainer.formats.huggingface.files import PretrainedFolder
 from headrace_trainer.formats.huggingface.names import LAYERS, VOCABULARY, counterparts
@@ -15,7 +14,7 @@ from headrace_trainer.formats.huggingface.names import LAYERS, VOCABULARY, count
 
 @torch.no_grad()
 def load_pretrained(model: MegatronModule, source: PretrainedFolder) -> None:
-    """Read the weights into a model. A scalar head, and rows of tokens that the folder does not know, stay as they are.
+    """Read the weights into a model. What the folder does not have stays as it is: a new head, rows of new tokens.
 
     Args:
         model: from ``build_model`` with the folder's architecture, not wrapped for training.
@@ -23,7 +22,7 @@ def load_pretrained(model: MegatronModule, source: PretrainedFolder) -> None:
     """
     parts = counterparts(source.architecture)
     for shard in shards(model):
-        if shard.key == HEAD_KEY:
+        if shard.key not in parts:
             continue
         layer, place = _place(shard)
         names = parts[shard.key].of_layer(layer) if shard.key.startswith(LAYERS) else parts[shard.key].names

@@ -42,6 +42,13 @@ def architecture_from(raw: dict[str, Any]) -> Architecture:
     family, config = Family(raw["model_type"]), _complete(raw)
     for field, remedy in _foreign_values(family, config):
         raise UserError(f"config.json: {field}: {getattr(config, field, None)!r}: {remedy}")
+    try:
+        return _architecture(family, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"config.json: {error}; copy or export it again") from error
+
+
+def _architecture(family: Family, config: Any) -> Architecture:
     heads, hidden = config.num_attention_heads, config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     return Architecture(
@@ -92,7 +99,7 @@ def _foreign_values(family: Family, config: Any) -> Iterator[tuple[str, str]]:
         yield "rope_parameters", "only the types default, linear and llama3 are done here: start from a model with one"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         yield "rope_parameters", f"rotating a part of each head is not done here: {_OTHER}"
-    if config.num_attention_heads % config.num_key_value_heads:
+    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
         yield (
             "num_key_value_heads",
             f"must divide num_attention_heads, {config.num_attention_heads}; correct config.json",

@@ -112,8 +112,10 @@ def weight_files(folder: Path) -> dict[str, str]:
         UserError: a file is not safetensors.
     """
     if (folder / INDEX).is_file():
-        named: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
-        return named
+        named = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise UserError(f"{INDEX}: names no files in weight_map; copy it again")
+        return {str(name): str(file) for name, file in named.items()}
     return dict.fromkeys(_headers(folder / WEIGHTS), WEIGHTS)
 
 
