@@ -49,8 +49,14 @@ def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
     def data(**fields: Json) -> Json:
         return tuned(data={**_TUNED["data"], **fields})
 
+    def based(uri: str) -> Json:
+        return {"stages.tuned": {kind: {"base": {"uri": uri}, "data": _TUNED["data"]}}}
+
     place = f"spec.stages[].{kind}"
     return {
+        (place, "set either from.model"): tuned(base={"uri": "/models/llama"}),
+        ("spec", f"{kind}.base.uri is relative"): based("models/llama"),
+        (f"{place}.base.uri", "only S3"): based("gs://models/llama"),
         ("spec", f"{kind}.data.sources.uri and"): data(sources=[{"uri": "records.jsonl"}]),
         ("spec", f"{kind}.from.model must name"): tuned(**{"from": {"model": "tokens"}}),
         ("spec.stages[]", f"{kind}.parallelism.tensor x"): tuned({"ranksPerNode": 3}, parallelism={"tensor": 2}),

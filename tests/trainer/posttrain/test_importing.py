@@ -1,6 +1,7 @@
 """Models that were trained elsewhere: the same logits here under every layout, the same bytes when they leave."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _bring(folder: Path, scratch: Path, storage: Storage | None = None, uri: str
     return bring_pretrained(store, scratch / folder.name, field="sft.base.uri", check=lambda architecture: None)
 
 
-def stage(base: Path, folder: Path, layout: dict[str, int] = TP1, **fields: Any) -> Any:
+def stage(base: Path, folder: Path, layout: dict[str, int] = TP1, *, kind: str = "sft", **fields: Any) -> Any:
     data = write_records(folder / "chat.jsonl", conversations(64))
     block = {
         "base": {"uri": str(base)},
@@ -102,23 +103,44 @@ def stage(base: Path, folder: Path, layout: dict[str, int] = TP1, **fields: Any)
     }
     world = layout["tensor"] * layout["pipeline"] * layout["data"]
     storage = Storage(uri=str(folder / "storage"))
-    return resolved(storage, "sft", {"sft": block | fields}, inputs={}, ranks=world)
+    return resolved(storage, kind, {kind: block | fields}, inputs={}, ranks=world)
 
 
-@pytest.mark.parametrize("name", ["qwen3 with wide heads", "gemma"])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("qwen3 with wide heads", {}),
+        ("gemma", {}),
+        ("qwen2, tied", {"adapter": {"lora": {"rank": 8}}, "schedule": {"learningRate": 3e-2}}),
+    ],
+    ids=["qwen3", "gemma", "qwen2 with an adapter"],
+)
 def test_a_stage_trains_an_imported_model_alike_on_one_rank_and_on_two_and_exports_it(
-    folders: dict[str, Path], tmp_path: Path, name: str
+    folders: dict[str, Path], tmp_path: Path, name: str, fields: dict[str, Any]
 ) -> None:
     losses = []
     for layout in (TP1, TP2):
         folder = tmp_path / str(layout["tensor"])
-        sft = stage(folders[name], folder, layout)
+        sft = stage(folders[name], folder, layout, **fields)
         ended = gang(stage_rank, sft.stage.compute.world, sft, folder)
         assert not any(e.error for e in ended), ended
         losses.append([record["loss"] for record in history(sft)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert losses[0][-1] < losses[0][0] - 1
     _export(folder, reference(sft, ended[0]), folders[name])
+
+
+def test_pairs_are_scored_and_preferred_by_imported_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A new head on tied embeddings in two stages, and a reference that is the model as it was imported."""
+    pairs = [{"prompt": f"Spell {i}", "chosen": f"{i}!", "rejected": f"{i} {i}"} for i in range(64)]
+    data = {"sources": [{"uri": str(write_records(tmp_path / "pairs.jsonl", pairs))}]}
+    for kind, layout, name in (("reward", PP2, "gemma"), ("dpo", TP1, "qwen2, tied")):
+        tuned = stage(folders[name], tmp_path / kind, layout, kind=kind, data=data)
+        ended = gang(stage_rank, tuned.stage.compute.world, tuned, tmp_path / kind)
+        assert not any(e.error for e in ended), ended
+        losses = [record["loss"] for record in history(tuned)]
+        assert losses[-1] < losses[0] - 0.1
+        assert kind == "reward" or losses[0] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def _export(folder: Path, model: ArtifactRef, base: Path) -> None:
