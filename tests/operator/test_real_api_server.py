@@ -349,7 +349,7 @@ def test_a_model_that_is_larger_than_the_runtimes_gpus_is_refused_until_they_are
 
 def test_a_run_waits_for_its_runtime_and_says_so(world: World) -> None:
     world.plane.apply(make_run(world.namespace, "corpus", runtime="later"))
-    world.eventually(lambda: "no TrainingRuntime later" in world.status().get("phaseMessage", ""))
+    world.eventually(lambda: "TrainingRuntime later not found" in world.status().get("phaseMessage", ""))
     world.plane.apply({**RUNTIME, "metadata": {"name": "later"}})
     world.pods_of(1, count=1)
 
