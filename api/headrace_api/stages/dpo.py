@@ -51,10 +51,6 @@ class Dpo(Finetune):
     """labelSmoothing is the probability that a label is wrong; for cdpo and robust."""
     length_normalized: bool = False
     """lengthNormalized takes the mean log-probability of an answer's tokens, not their sum."""
-    packing: bool = False
-    """packing lays several pairs in one sample."""
-    chat_template: str | None = Field(None, max_length=65_536)
-    """chatTemplate is the Jinja template of conversations; if unset, the tokenizer's own, or ChatML where it has none."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-6))
     """schedule is the learning rate over the run; learningRate is 1e-6 if the block is left out."""
 

@@ -96,5 +96,9 @@ class Finetune(Training):
     """sequenceLength is the number of tokens in a sample; longer documents are cut to it, and counted."""
     global_batch_size: int = Field(16, ge=1, le=2**24)
     """globalBatchSize is the number of samples in a step, over all ranks."""
+    packing: bool = False
+    """packing lays several documents, or pairs, in one sample, each attending only to itself; without it a sample is one."""
+    chat_template: str | None = Field(None, max_length=65_536)
+    """chatTemplate is the Jinja template of conversations, with {% generation %} around what the assistant says; if unset, the tokenizer's own, or ChatML where it has none."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=2e-5))
     """schedule is the learning rate over the run; learningRate is 2e-5 if the block is left out."""
