@@ -40,6 +40,7 @@ from headrace_operator.brain.observed import Attempt, AttemptState, Observed
 from headrace_operator.brain.plan import plan
 from headrace_operator.main import allow_many_connections
 from headrace_operator.metrics import RunFigures
+from headrace_operator.progress import REPORTS_PER_SECOND
 
 Json = dict[str, Any]
 
@@ -249,12 +250,13 @@ def make_report(i: int, done: int) -> ProgressReport:
 
 
 def measure_reports(api: StubApi, operator: Process, *, num_pods: int, seconds: float) -> Json:
-    """CPU of the operator while pods report; the first round, in which everything is news, is left out."""
+    """CPU of the operator while pods report; the first rounds, in which everything is news, are left out."""
+    rounds = 3 * max(REPORT_SECONDS, num_pods / REPORTS_PER_SECOND)
     command = [sys.executable, __file__, "--report-to", str(operator.port), "--pods", str(num_pods)]
-    reporting = subprocess.Popen([*command, "--seconds", str(seconds + 4 * REPORT_SECONDS)])
+    reporting = subprocess.Popen([*command, "--seconds", str(seconds + 2 * rounds)])
     taken = "headrace_operator_progress_reports_total"
     operator.wait(lambda: operator.metric(taken) >= num_pods)
-    time.sleep(REPORT_SECONDS)
+    time.sleep(rounds)
     began, used, before, writes = time.monotonic(), operator.cpu_seconds(), operator.metric(taken), dict(api.requests)
     time.sleep(seconds)
     reports, cpu = operator.metric(taken) - before, operator.cpu_seconds() - used

@@ -36,10 +36,9 @@ def check_references(stages: Sequence[Stage]) -> None:
         field = f"stages[{i}].compute.{stage.compute.ranks_field}"
         if stage.evaluate is not None:
             _check_evaluate(field, stage, arch=architecture_of(stage.evaluate.from_.model, seen))
-        if isinstance(stage.config, Finetune) and stage.config.from_ is not None:
-            _check_finetune(
-                f"stages[{i}].{stage.kind}", stage.config, arch=architecture_of(stage.config.from_.model, seen)
-            )
+        if isinstance(stage.config, Finetune) and stage.config.model_stage is not None:
+            arch = architecture_of(stage.config.model_stage, seen)
+            _check_finetune(f"stages[{i}].{stage.kind}", stage.config, arch=arch)
         if stage.deploy is not None and stage.deploy.engine is Engine.VLLM:
             _check_vllm(f"stages[{i}].compute.gpusPerNode", stage, exported=seen[stage.deploy.from_.model], seen=seen)
         seen[stage.name] = stage
@@ -69,7 +68,7 @@ def _of_readers(otherwise: str, *, evaluate: str, others: str) -> str:
 
 def _only_if_set(kind: str, field: str) -> str:
     """What CEL asks before it reads a field of a stage that may have been left out."""
-    return f" && has(s.{kind}.from)" if field.startswith("from.") else ""
+    return f" && has(s.{kind}.from) && has(s.{kind}.{field})" if field.startswith("from.") else ""
 
 
 def _split_rule(dimension: str, *, by: str) -> JsonSchema:
@@ -97,9 +96,9 @@ def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture | No
     if stage.pretrain is not None:
         return stage.pretrain.model.architecture
     assert isinstance(stage.config, Finetune), "a checkpoint comes from training"
-    if stage.config.from_ is None:
+    if stage.config.model_stage is None:
         return None
-    return architecture_of(stage.config.from_.model, stages)
+    return architecture_of(stage.config.model_stage, stages)
 
 
 def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str, Stage]) -> None:
@@ -121,7 +120,7 @@ def _input_rules() -> Iterator[JsonSchema]:
     for kind, config in KINDS.items():
         for slot, (wanted, optional) in config.slots().items():
             reader = f"self.stages[i].{kind}"
-            unset = f" || !has({reader}.{optional})" if optional else ""
+            unset = "".join(f" || !has({reader}.{field})" for field in optional)
             given = " || ".join(f"has(self.stages[j].{giver})" for giver in givers[wanted])
             found = f"j < i && self.stages[j].name == {reader}.from.{slot} && ({given})"
             yield rule(

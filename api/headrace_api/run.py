@@ -16,8 +16,8 @@ from headrace_api.compute import Compute
 from headrace_api.plain_yaml import dotted
 from headrace_api.references import MAX_STAGES, check_references, reference_rules
 from headrace_api.stage import Stage
-from headrace_api.stages import KINDS, Finetune
-from headrace_api.stages.data import cel_addresses_absolute
+from headrace_api.stages import KINDS, Finetune, OfflineFinetune
+from headrace_api.stages.data import cel_sources_absolute, cel_validation_absolute
 from headrace_api.storage import NO_STORAGE, RELATIVE, SecretRef, Storage, cel_is_absolute, is_absolute
 
 __all__ = ["Compute", "SecretRef", "Stage", "Storage"]  # beside what is defined here
@@ -59,11 +59,19 @@ class RunSpec(Spec):
         ),
         *(
             rule(
-                f"self.stages.all(s, !has(s.{kind}) || ({cel_addresses_absolute(f's.{kind}.data')}))",
-                f"{kind}.data.sources.uri and {kind}.data.validation.uri: one {RELATIVE}",
+                f"self.stages.all(s, !has(s.{kind}) || {cel_sources_absolute(f's.{kind}.data')})",
+                f"{kind}.data.sources.uri {RELATIVE}",
             )
             for kind, config in KINDS.items()
             if issubclass(config, Finetune)
+        ),
+        *(
+            rule(
+                f"self.stages.all(s, !has(s.{kind}) || {cel_validation_absolute(f's.{kind}.data')})",
+                f"{kind}.data.validation.uri {RELATIVE}",
+            )
+            for kind, config in KINDS.items()
+            if issubclass(config, OfflineFinetune)
         ),
         rule(
             "self.stages.all(s, !has(s.evaluate) || !has(s.evaluate.exactMatch) || "

@@ -58,13 +58,22 @@ def test_the_divergence_is_estimated_as_is_usual(fields: dict[str, Any], estimat
         ({"kl": {"target": 6}}, "set coefficient above 0"),
         ({"algorithm": "ppo", "loss": "gspo"}, "is of grpo"),
         ({"temperature": 0}, "temperature"),
-        ({"data": {"sources": [{"uri": "/p.jsonl"}], "validation": {"fraction": 0.1}}}, "leave it out"),
+        ({"data": {"sources": [{"uri": "/p.jsonl"}], "validation": {"fraction": 0.1}}}, "validation"),
+        ({"packing": True}, "packing"),
+        ({"from": {"reward": "rm"}, "rewards": [{"model": {}}]}, "set either from.model"),
+        ({"base": {"uri": "/llama"}}, "set either from.model"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError) as refused:
         rl(**fields)
     assert said in str(refused.value)
+
+
+def test_a_model_from_elsewhere_may_be_judged_by_an_earlier_stage() -> None:
+    block = rl(base={"uri": "/llama"}, rewards=[{"model": {}}], **{"from": {"reward": "rm"}})
+    assert block.model_stage is None
+    assert block.inputs() == {"reward": "rm"}
 
 
 def test_ppo_needs_no_group() -> None:

@@ -38,8 +38,8 @@ def test_transformers_continues_source_text_with_source_text(fresh: FreshProcess
     assert sum(chr(byte).isprintable() or byte == 10 for byte in text) > 0.95 * len(text)
 
 
-@pytest.mark.skipif(not pieces.has_vllm(), reason="vLLM is not installed")
 def test_vllm_gives_the_tokens_of_transformers(fresh: FreshProcesses, exported: Path) -> None:
+    assert pieces.has_vllm(), "install vLLM beside the project: what is exported is to be served by it"
     expected = fresh(pieces.greedy_by_transformers, str(exported), TOKENS)
     found = fresh(pieces.greedy_by_vllm, str(exported), TOKENS)["tokens"]
     # In bf16 two tokens may be equally likely, and a continuation differs from there on.

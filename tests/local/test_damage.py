@@ -173,7 +173,7 @@ def test_status_after_everything_was_killed(waiting):
     assert waiting.status()["summary"] == "Starting", "that is what was written last"
     done = waiting("status", "small")
     assert "Interrupted" in done.out
-    assert f"headrace run {waiting.folder / 'run.yaml'} --home {waiting.home} goes on" in done.out
+    assert f"headrace run {waiting.folder / 'run.yaml'} --home {waiting.home}" in done.out
     assert "Interrupted" in waiting("ls").out
     assert waiting("logs", "small", "-f").code == 0
 

@@ -141,7 +141,6 @@ def test_ask_reaches_this_runs_server_wherever_it_is_and_no_other(headrace):
     finally:
         other.shutdown()
         other.server_close()
-        other.wait()
 
 
 def test_stop_clears_what_was_served(headrace):

@@ -36,28 +36,32 @@ RUNTIME: Json = {
 COUNT = 2_500
 NOTHING: Any = object()
 
-_SHARED = "the ranks that share the model of an evaluate, sft or reward or dpo stage must divide its"
-_TUNED: Json = {"from": {"model": "base"}, "data": {"sources": [{"uri": "/records"}]}}
+_SHARED = "the ranks that share the model of an evaluate, sft or reward or rl or dpo stage must divide its"
+_RECORDS: Json = {"sources": [{"uri": "/records"}]}
+_TUNED: Json = {"from": {"model": "base"}, "data": _RECORDS}
+_RULE: Json = {"rule": {"numeric": {}}}
 
 
 def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
     """The cases of a stage that trains a model further."""
 
+    needed: Json = {"rewards": [_RULE]} if kind == "rl" else {}
+
     def tuned(compute: Json | None = None, **fields: Json) -> Json:
-        return {"stages.tuned": {"compute": compute or {}, kind: {**_TUNED, **fields}}}
+        return {"stages.tuned": {"compute": compute or {}, kind: {**_TUNED, **needed, **fields}}}
 
     def data(**fields: Json) -> Json:
-        return tuned(data={**_TUNED["data"], **fields})
+        return tuned(data={**_RECORDS, **fields})
 
     def based(uri: str) -> Json:
-        return {"stages.tuned": {kind: {"base": {"uri": uri}, "data": _TUNED["data"]}}}
+        return {"stages.tuned": {kind: {"base": {"uri": uri}, "data": _RECORDS, **needed}}}
 
     place = f"spec.stages[].{kind}"
     return {
         (place, "set either from.model"): tuned(base={"uri": "/models/llama"}),
         ("spec", f"{kind}.base.uri is relative"): based("models/llama"),
         (f"{place}.base.uri", "only S3"): based("gs://models/llama"),
-        ("spec", f"{kind}.data.sources.uri and"): data(sources=[{"uri": "records.jsonl"}]),
+        ("spec", f"{kind}.data.sources.uri is relative"): data(sources=[{"uri": "records.jsonl"}]),
         ("spec", f"{kind}.from.model must name"): tuned(**{"from": {"model": "tokens"}}),
         ("spec.stages[]", f"{kind}.parallelism.tensor x"): tuned({"ranksPerNode": 3}, parallelism={"tensor": 2}),
         ("spec.stages[]", f"{kind}.globalBatchSize must"): tuned(microBatchSize=3),
@@ -65,10 +69,48 @@ def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
         (f"{place}.schedule", "minLearningRate must"): tuned(schedule={"minLearningRate": 1}),
         (f"{place}.checkpoint.every", "must be above 0"): tuned(checkpoint={"every": "0s"}),
         (f"{place}.data.sources[].uri", "only S3"): data(sources=[{"uri": "gs://bucket/records"}]),
-        (f"{place}.data.validation", "set either uri"): data(validation={"uri": "/records", "fraction": 0.1}),
-        (f"{place}.data.validation", "format is of"): data(validation={"fraction": 0.1, "format": "jsonl"}),
-        (f"{place}.data.validation.uri", "only S3"): data(validation={"uri": "gs://bucket/records"}),
         (f"{place}.adapter.lora.targets", "names a matrix twice"): tuned(adapter={"lora": {"targets": ["qkv", "qkv"]}}),
+    }
+
+
+def _offline(kind: str) -> dict[tuple[str, str], Json]:
+    """The cases of one that trains on what its records hold."""
+
+    def held_out(**validation: Json) -> Json:
+        return {"stages.tuned": {kind: {**_TUNED, "data": {**_RECORDS, "validation": validation}}}}
+
+    place = f"spec.stages[].{kind}.data.validation"
+    return _fine_tuning(kind) | {
+        ("spec", f"{kind}.data.validation.uri is relative"): held_out(uri="records.jsonl"),
+        (place, "set either uri"): held_out(uri="/records", fraction=0.1),
+        (place, "format is of"): held_out(fraction=0.1, format="jsonl"),
+        (f"{place}.uri", "only S3"): held_out(uri="gs://bucket/records"),
+    }
+
+
+def _rl() -> dict[tuple[str, str], Json]:
+    """The cases of reinforcement learning."""
+
+    def rl(**fields: Json) -> Json:
+        return {"stages.tuned": {"rl": {**_TUNED, "rewards": [_RULE], **fields}}}
+
+    def tests(memory: str) -> Json:
+        return rl(rewards=[{"rule": {"pythonTests": {"memory": memory}}}])
+
+    judged: Json = {"from": {"model": "base", "reward": "base"}, "rewards": [{"model": {}}]}
+    place = "spec.stages[].rl"
+    return _fine_tuning("rl") | {
+        ("spec", "rl.from.reward must name"): rl(**judged),
+        (place, "globalBatchSize must divide"): rl(globalBatchSize=48),
+        (place, "groupSize: grpo and rloo"): rl(groupSize=1, promptsPerIteration=64),
+        (place, "maxNewTokens must be below"): rl(maxNewTokens=1024),
+        (place, "rewards has a model only with"): rl(rewards=[{"model": {}}]),
+        (place, "loss is of grpo"): rl(algorithm="rloo", loss="gspo"),
+        (f"{place}.rewards[]", "set either rule or model"): rl(rewards=[{"weight": 2}]),
+        (f"{place}.rewards[].rule", "set exactly one of"): rl(rewards=[{"rule": {"numeric": {}, "exactMatch": {}}}]),
+        (f"{place}.rewards[].rule.pythonTests.memory", "must be at least"): tests("1Mi"),
+        (f"{place}.rewards[].rule.pythonTests.memory", "must be at most"): tests("2Ti"),
+        (f"{place}.kl", "target adapts a coefficient"): rl(kl={"target": 6}),
     }
 
 
@@ -155,9 +197,10 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.trainer.gpuMemory", "must be at least 1"): {"trainer.gpuMemory": "0Gi"},
     ("spec.trainer.gpuMemory", "must be at most"): {"trainer.gpuMemory": "1001T"},
     ("spec.stages[].dpo", "labelSmoothing is of"): {"stages.tuned": {"dpo": {**_TUNED, "labelSmoothing": 0.1}}},
-    **_fine_tuning("sft"),
-    **_fine_tuning("reward"),
-    **_fine_tuning("dpo"),
+    **_offline("sft"),
+    **_offline("reward"),
+    **_offline("dpo"),
+    **_rl(),
 }  # fmt: skip
 """Where a rule stands and how its message begins -> what to change in a good manifest, so that this rule alone refuses it."""
 
@@ -277,11 +320,11 @@ ORIGINS: list[tuple[Json, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "rl", "dpo"])
 def test_both_take_and_refuse_the_same_models_to_start_from(admission: Admission, kind: str) -> None:
     for origin, taken in ORIGINS:
         value = manifest("corpus", "tok", "tokens", "base")
-        block = {"data": {"sources": [{"uri": "/records"}]}, **origin}
+        block = {"data": _RECORDS, **({"rewards": [_RULE]} if kind == "rl" else {}), **origin}
         value["spec"]["stages"].append({"name": "tuned", kind: block})
         if kind != "reward":
             reader = {"name": "eval", "evaluate": {"from": {"model": "tuned", "shards": "tokens"}}}

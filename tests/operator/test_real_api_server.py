@@ -254,7 +254,7 @@ def test_an_old_server_stays_up_until_the_new_model_is_served(world: World) -> N
     assert [p["metadata"]["uid"] for p in world.pods(1, "serve")] == [old["metadata"]["uid"]]
     world.end_pod(export, exit_code=0, last_words=json.dumps({"artifactDigest": "cd" * 32}))
     (new,) = world.pods_of(2, count=1, stage="serve")
-    world.eventually(lambda: "meanwhile 1 of an earlier attempt" in world.status().get("phaseMessage", ""))
+    world.eventually(lambda: "1 of an earlier attempt" in world.status().get("phaseMessage", ""))
     assert not world.complete() and world.pods(1, "serve") != []
     assert {"demo--serve--1", "demo--serve--2"} <= set(world.names("configmaps"))
     world.run_pod(new)
@@ -349,7 +349,7 @@ def test_a_model_that_is_larger_than_the_runtimes_gpus_is_refused_until_they_are
 
 def test_a_run_waits_for_its_runtime_and_says_so(world: World) -> None:
     world.plane.apply(make_run(world.namespace, "corpus", runtime="later"))
-    world.eventually(lambda: "no TrainingRuntime later" in world.status().get("phaseMessage", ""))
+    world.eventually(lambda: "TrainingRuntime later not found" in world.status().get("phaseMessage", ""))
     world.plane.apply({**RUNTIME, "metadata": {"name": "later"}})
     world.pods_of(1, count=1)
 

@@ -102,7 +102,7 @@ def test_a_replica_that_does_not_lead_any_more_sends_no_change(world: World, api
         obj = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "one", "namespace": world.namespace}}
         await fenced.request("POST", address, body=obj)
         leads = False
-        with pytest.raises(NotLeading, match="does not lead"):
+        with pytest.raises(NotLeading, match="no longer leads"):
             await fenced.apply(obj)
         with pytest.raises(NotLeading):
             await fenced.delete(f"{address}/one", uid="any")

@@ -22,9 +22,9 @@ def vocab_size(run: TrainingRun, training: Training) -> int | None:
     """
     stages = {stage.name: stage for stage in run.spec.stages}
     while isinstance(training, Finetune):
-        if training.from_ is None:
+        if training.model_stage is None:
             return None
-        before = stages[training.from_.model].training
+        before = stages[training.model_stage].training
         assert before is not None, "references are checked when a run is parsed"
         training = before
     assert isinstance(training, Pretrain), "every model was pretrained first"

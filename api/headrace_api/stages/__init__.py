@@ -6,7 +6,7 @@ from headrace_api.stages.deploy import Deploy
 from headrace_api.stages.dpo import Dpo
 from headrace_api.stages.evaluate import Evaluate
 from headrace_api.stages.export import Export
-from headrace_api.stages.finetune import Adapter, Finetune, Lora, LoraTarget
+from headrace_api.stages.finetune import Adapter, Finetune, Lora, LoraTarget, OfflineFinetune
 from headrace_api.stages.pretrain import Pretrain
 from headrace_api.stages.reward import Reward
 from headrace_api.stages.rl import Rl
@@ -32,6 +32,7 @@ __all__ = [
     "Inputs",
     "Lora",
     "LoraTarget",
+    "OfflineFinetune",
     "Pretrain",
     "Reward",
     "Rl",

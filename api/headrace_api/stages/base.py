@@ -69,15 +69,15 @@ class StageConfig(Spec):
         return block.by_slot() if isinstance(block, Inputs) else {}
 
     @classmethod
-    def slots(cls) -> dict[str, tuple[ArtifactKind, str | None]]:
-        """Slot -> the kind of artifact it accepts, and the optional field, ``from`` or the slot's; None if both are required."""
+    def slots(cls) -> dict[str, tuple[ArtifactKind, tuple[str, ...]]]:
+        """Slot -> the kind of artifact it accepts, and those of the fields ``from`` and ``from.<slot>`` that are optional."""
         field = cls.model_fields.get("from_")
         if field is None:
             return {}
         block = next(a for a in (field.annotation, *get_args(field.annotation)) if _is_inputs(a))
-        whole = None if field.is_required() else "from"
+        whole = () if field.is_required() else ("from",)
         return {
-            slot: (kind, whole if block.model_fields[slot].is_required() else f"from.{slot}")
+            slot: (kind, whole if block.model_fields[slot].is_required() else (*whole, f"from.{slot}"))
             for slot, kind in block.ACCEPTS.items()
         }
 

@@ -4,7 +4,6 @@ Records are as TRL has them: ``text``, ``messages``, ``prompt`` and ``completion
 ``label``. Which of these a stage takes is its own affair; the trainer's ``formats.records`` reads them.
 """
 
-from collections.abc import Iterator
 from enum import StrEnum
 from typing import Self
 
@@ -59,27 +58,28 @@ class ValidationData(Spec):
         return self
 
 
-class Data(Spec):
-    """The records that a stage is trained on."""
+class Records(Spec):
+    """The records that a stage reads."""
 
     sources: list[DataSource] = Field(min_length=1, max_length=64)
     """sources are the places where the records are; each has records of one shape."""
     max_bad_fraction: float = Field(0.001, ge=0, le=1)
     """maxBadFraction bounds the part of each source's records that cannot be used: not JSON, a missing or empty field, two equal sides, turns that the chat template refuses. Below it they are left out and counted; above it the stage fails and names the first."""
+
+
+class Data(Records):
+    """The records that a stage is trained on, and those that it is measured on."""
+
     validation: ValidationData | None = None
     """validation holds records that are measured and never trained on; none if unset."""
 
-    def addresses(self) -> Iterator[tuple[str, str]]:
-        """Every address in the block, by its field below the block."""
-        yield from ((f"sources[{i}].uri", source.uri) for i, source in enumerate(self.sources))
-        if self.validation is not None and self.validation.uri is not None:
-            yield "validation.uri", self.validation.uri
+
+def cel_sources_absolute(block: str) -> str:
+    """CEL that holds where the sources of the ``data`` block at ``block`` mean the same in every working directory."""
+    return f"{block}.sources.all(x, {cel_is_absolute('x.uri')})"
 
 
-def cel_addresses_absolute(block: str) -> str:
-    """CEL that holds where every address of the ``data`` block at ``block`` means the same in every working directory."""
+def cel_validation_absolute(block: str) -> str:
+    """The same of the held-out records."""
     held_out = f"{block}.validation.uri"
-    return (
-        f"{block}.sources.all(x, {cel_is_absolute('x.uri')}) && "
-        f"(!has({block}.validation) || !has({held_out}) || {cel_is_absolute(held_out)})"
-    )
+    return f"!has({block}.validation) || !has({held_out}) || {cel_is_absolute(held_out)}"

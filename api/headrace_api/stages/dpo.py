@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from headrace_api.base import FieldError, api_rules, rule
 from headrace_api.stages.base import ArtifactKind
-from headrace_api.stages.finetune import ORIGIN_RULE, Finetune
+from headrace_api.stages.finetune import ORIGIN_RULE, OfflineFinetune
 from headrace_api.stages.training import Schedule
 
 
@@ -30,7 +30,7 @@ _SMOOTHED = ("cdpo", "robust")
 _ONLY_SMOOTHED = "is of the losses cdpo and robust; leave it out, or choose one of them"
 
 
-class Dpo(Finetune):
+class Dpo(OfflineFinetune):
     """Direct preference optimization: train on pairs of a chosen and a rejected answer, held to the model that it starts from."""
 
     model_config = api_rules(
@@ -52,10 +52,6 @@ class Dpo(Finetune):
     """labelSmoothing is the probability that a label is wrong; for cdpo and robust."""
     length_normalized: bool = False
     """lengthNormalized takes the mean log-probability of an answer's tokens, not their sum."""
-    packing: bool = False
-    """packing lays several pairs in one sample."""
-    chat_template: str | None = Field(None, max_length=65_536)
-    """chatTemplate is the Jinja template of conversations; if unset, the tokenizer's own, or ChatML where it has none."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-6))
     """schedule is the learning rate over the run; learningRate is 1e-6 if the block is left out."""
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from headrace_api.base import FieldError, Part, Spec, StoredUri, api_rules, rule
 from headrace_api.model import Architecture
 from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageName
-from headrace_api.stages.data import Data
+from headrace_api.stages.data import Data, Records
 from headrace_api.stages.training import Schedule, Training
 
 
@@ -17,8 +17,8 @@ class ModelInputs(Inputs):
 
     ACCEPTS: ClassVar[dict[str, ArtifactKind]] = {"model": ArtifactKind.CHECKPOINT}
 
-    model: StageName
-    """model names the stage whose model is trained further."""
+    model: StageName | None = None
+    """model names the stage whose model is trained further, if it is not base."""
 
 
 class LoraTarget(StrEnum):
@@ -89,7 +89,7 @@ class BaseModel(Spec):
 _ONE_ORIGIN = (
     "set either from.model, to go on from an earlier stage, or base.uri, to start from a Hugging Face folder; not both"
 )
-ORIGIN_RULE = rule("has(self.from) != has(self.base)", _ONE_ORIGIN)
+ORIGIN_RULE = rule("(has(self.from) && has(self.from.model)) != has(self.base)", _ONE_ORIGIN)
 """Of every stage here; a class with rules of its own repeats it."""
 
 
@@ -104,7 +104,7 @@ class Finetune(Training):
     """from names the model to start from."""
     base: BaseModel | None = None
     """base is a model to start from that was trained elsewhere."""
-    data: Data
+    data: Records
     """data is the records."""
     epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
     """epochs is how often each record is read; the number of steps is the samples of all epochs over globalBatchSize, rounded up."""
@@ -114,11 +114,27 @@ class Finetune(Training):
     """sequenceLength is the number of tokens in a sample; longer documents are cut to it, and counted."""
     global_batch_size: int = Field(16, ge=1, le=2**24)
     """globalBatchSize is the number of samples in a step, over all ranks."""
+    chat_template: str | None = Field(None, max_length=65_536)
+    """chatTemplate is the Jinja template of conversations, with {% generation %} around what the assistant says; if unset, the tokenizer's own, or ChatML where it has none."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=2e-5))
     """schedule is the learning rate over the run; learningRate is 2e-5 if the block is left out."""
 
+    @property
+    def model_stage(self) -> str | None:
+        """The stage whose model is trained further; None for one that was trained elsewhere."""
+        return self.from_.model if self.from_ is not None else None
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.from_ is None) == (self.base is None):
+        if (self.model_stage is None) == (self.base is None):
             raise FieldError("from", None, _ONE_ORIGIN)
         return self
+
+
+class OfflineFinetune(Finetune):
+    """A stage that trains on what its records hold, not on answers that the model draws meanwhile."""
+
+    data: Data
+    """data is the records that are trained on, and those that are measured."""
+    packing: bool = False
+    """packing lays several documents, or pairs, in one sample, each attending only to itself; without it a sample is one."""

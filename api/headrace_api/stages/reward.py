@@ -3,11 +3,11 @@
 from pydantic import Field
 
 from headrace_api.stages.base import ArtifactKind
-from headrace_api.stages.finetune import Finetune
+from headrace_api.stages.finetune import OfflineFinetune
 from headrace_api.stages.training import Schedule
 
 
-class Reward(Finetune):
+class Reward(OfflineFinetune):
     """Reward modelling: train a scalar head, and the model below it, to score the chosen answer of a pair higher."""
 
     KIND = "reward"
@@ -15,9 +15,5 @@ class Reward(Finetune):
 
     centering: float = Field(0.01, ge=0, le=10)
     """centering is the weight of the squared sum of a pair's scores, which keeps scores around 0; 0 leaves it out."""
-    packing: bool = False
-    """packing lays several pairs in one sample."""
-    chat_template: str | None = Field(None, max_length=65_536)
-    """chatTemplate is the Jinja template of conversations; if unset, the tokenizer's own, or ChatML where it has none."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-5))
     """schedule is the learning rate over the run; learningRate is 1e-5 if the block is left out."""

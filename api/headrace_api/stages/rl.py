@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from headrace_api.base import FieldError, Line, Part, Quantity, Spec, api_rules, rule
 from headrace_api.stages.base import ArtifactKind, StageName
-from headrace_api.stages.data import Data
-from headrace_api.stages.finetune import Finetune, ModelInputs
+from headrace_api.stages.data import Records
+from headrace_api.stages.finetune import ORIGIN_RULE, Finetune, ModelInputs
 from headrace_api.stages.training import Optimizer, Schedule
 
 
@@ -282,7 +282,6 @@ _WHOLE_BATCHES = "must divide promptsPerIteration x groupSize"
 _OTHERS = "grpo and rloo compare an answer with others to the same prompt: use 2 or more, or ppo"
 _ROOM = "must be below sequenceLength: prompts need room"
 _REWARD_MODEL = "has a model only with from.reward, and from.reward is read only by a model in rewards"
-_HELD_OUT = "rl measures its rewards on the answers that it trains on; leave it out"
 _LOSS = "is of grpo; leave it out, or choose that algorithm"
 
 
@@ -290,23 +289,26 @@ class Rl(Finetune):
     """Reinforcement learning: draw answers to prompts, reward them, and make rewarded ones likelier."""
 
     model_config = api_rules(
+        ORIGIN_RULE,
         rule(
             "(self.promptsPerIteration * self.groupSize) % self.globalBatchSize == 0",
             f"globalBatchSize {_WHOLE_BATCHES}",
         ),
         rule("self.algorithm == 'ppo' || self.groupSize > 1", f"groupSize: {_OTHERS}"),
         rule("self.maxNewTokens < self.sequenceLength", f"maxNewTokens {_ROOM}"),
-        rule("has(self.from.reward) == self.rewards.exists(r, has(r.model))", f"rewards {_REWARD_MODEL}"),
-        rule("!has(self.data.validation)", f"data.validation: {_HELD_OUT}"),
+        rule(
+            "(has(self.from) && has(self.from.reward)) == self.rewards.exists(r, has(r.model))",
+            f"rewards {_REWARD_MODEL}",
+        ),
         rule("self.loss == 'grpo' || self.algorithm == 'grpo'", f"loss {_LOSS}"),
     )
 
     KIND = "rl"
     GIVES = ArtifactKind.CHECKPOINT
 
-    from_: RlInputs = Field(alias="from")
+    from_: RlInputs | None = Field(None, alias="from")
     """from names the model to start from, and the reward model if there is one."""
-    data: Data
+    data: Records
     """data is the prompts; their records may have other columns, such as the answer that a rule compares with."""
     epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
     """epochs is how often each prompt is answered; the last iteration is made whole."""
@@ -340,8 +342,6 @@ class Rl(Finetune):
     """maxFailedShare bounds the share of an iteration's rewards that could not be had, as a score that is not a number; below it they are counted and teach nothing."""
     rails: Annotated[Rails, Part.EXECUTION] = Field(default_factory=Rails)
     """rails bound an iteration's figures, each with what follows."""
-    chat_template: str | None = Field(None, max_length=65_536)
-    """chatTemplate is the Jinja template of conversations; if unset, the tokenizer's own, or ChatML where it has none."""
     schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-6))
     """schedule is the learning rate over the run; learningRate is 1e-6 if the block is left out."""
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer(weight_decay=0.0))
@@ -371,10 +371,9 @@ class Rl(Finetune):
             raise FieldError("groupSize", self.group_size, _OTHERS)
         if self.max_new_tokens >= self.sequence_length:
             raise FieldError("maxNewTokens", self.max_new_tokens, _ROOM)
-        if (self.from_.reward is not None) != any(reward.model is not None for reward in self.rewards):
-            raise FieldError("rewards", self.from_.reward or "no from.reward", _REWARD_MODEL)
-        if self.data.validation is not None:
-            raise FieldError("data.validation", "set", _HELD_OUT)
+        judge = self.from_.reward if self.from_ is not None else None
+        if (judge is not None) != any(reward.model is not None for reward in self.rewards):
+            raise FieldError("rewards", judge or "no from.reward", _REWARD_MODEL)
         if self.loss is not GrpoLoss.GRPO and self.algorithm is not Algorithm.GRPO:
             raise FieldError("loss", self.loss.value, _LOSS)
         return self

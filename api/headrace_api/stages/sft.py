@@ -1,12 +1,10 @@
 """The sft stage: a model and demonstrations -> a model that answers as they do."""
 
-from pydantic import Field
-
 from headrace_api.stages.base import ArtifactKind
-from headrace_api.stages.finetune import Finetune
+from headrace_api.stages.finetune import OfflineFinetune
 
 
-class Sft(Finetune):
+class Sft(OfflineFinetune):
     """Supervised fine-tuning: train on the answers of conversations, or of prompts with completions."""
 
     KIND = "sft"
@@ -14,5 +12,3 @@ class Sft(Finetune):
 
     packing: bool = True
     """packing lays several documents in one sample, each attending only to itself; without it a sample is one document."""
-    chat_template: str | None = Field(None, max_length=65_536)
-    """chatTemplate is the Jinja template of conversations, with {% generation %} around what the assistant says; if unset, the tokenizer's own, or ChatML where it has none."""

@@ -247,18 +247,18 @@ def attention_refusals(rank: int, world: int) -> dict[str, str]:
 def test_attention_refuses_what_it_would_ignore() -> None:
     (ended,) = gang(attention_refusals, 1)
     assert ended.value == {
-        "bias": "attention with an attention bias: that is not done here",
-        "format": "attention with packs in the format 'bshd': that is not done here",
-        "spread": "attention with padding between documents: that is not done here",
-        "masked pack": "attention with a mask over packs: that is not done here",
-        "all keys": "attention with a mask of type 'no_mask': that is not done here",
-        "padding": "attention with a mask of type 'padding': that is not done here",
-        "cache": "attention with several queries after cached keys: that is not done here",
-        "not causal": "attention with a mask of type 'no_mask': that is not done here",
-        "cross": "attention with type 'cross': that is not done here",
-        "dropout": "attention with dropout: that is not done here",
-        "window": "attention with a window: that is not done here",
-        "sinks": "attention with softmax_type 'off-by-one': that is not done here",
+        "bias": "attention with an attention bias: not supported",
+        "format": "attention with packs in the format 'bshd': not supported",
+        "spread": "attention with padding between documents: not supported",
+        "masked pack": "attention with a mask over packs: not supported",
+        "all keys": "attention with a mask of type 'no_mask': not supported",
+        "padding": "attention with a mask of type 'padding': not supported",
+        "cache": "attention with several queries after cached keys: not supported",
+        "not causal": "attention with a mask of type 'no_mask': not supported",
+        "cross": "attention with type 'cross': not supported",
+        "dropout": "attention with dropout: not supported",
+        "window": "attention with a window: not supported",
+        "sinks": "attention with softmax_type 'off-by-one': not supported",
     }, ended
 
 

@@ -77,6 +77,53 @@ def resolved(
     )
 
 
+def further(
+    base: Base, folder: Path, stage: dict[str, Any], layout: dict[str, int], *, name: str, attempt: int = 1
+) -> ResolvedStage:
+    """A stage that trains the base further, under a layout, in a storage of its own.
+
+    Args:
+        base: what it starts from.
+        folder: where the storage is made.
+        stage: the typed block under its kind; the layout is added.
+        layout: ranks on each axis.
+        name: of the stage.
+        attempt: its number.
+    """
+    ((kind, block),) = stage.items()
+    axes = {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
+    return resolved(
+        base.storage.model_copy(update={"uri": str(folder / "storage")}),
+        name,
+        {kind: {"parallelism": axes, **block}},
+        inputs={"model": base.model},
+        attempt=attempt,
+        ranks=layout["tensor"] * layout["pipeline"] * layout["data"],
+    )
+
+
+def trained(stage: ResolvedStage, folder: Path) -> list[dict[str, Any]]:
+    """Run a stage to its end; its history."""
+    ended = gang(stage_rank, stage.stage.compute.world, stage, folder)
+    assert not any(e.error for e in ended), ended
+    return history(stage)
+
+
+def pairs_block(data: Path, **fields: Any) -> dict[str, Any]:
+    """The block of a stage that learns from the pairs of a file."""
+    return {
+        "from": {"model": "base"},
+        "data": {"sources": [{"uri": str(data)}], "validation": {"fraction": 0.1}},
+        "epochs": 1.5,
+        "sequenceLength": 128,
+        "globalBatchSize": 8,
+        "microBatchSize": 2,
+        "precision": "fp32",
+        "schedule": {"learningRate": 2e-3, "warmup": 2, "decay": "constant"},
+        "checkpoint": {"every": 4},
+    } | fields
+
+
 def stage_rank(rank: int, world: int, stage: ResolvedStage, folder: Path, die_at: int | None = None) -> Any:
     """One rank of a stage, to its end; its outcome. The last rank is killed once it has done ``die_at`` steps."""
     from headrace_trainer.stage import StageContext, run_stage

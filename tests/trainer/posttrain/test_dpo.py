@@ -11,7 +11,7 @@ import pytest
 
 from headrace_api.contract import ResolvedStage
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, gang
-from trainer.posttrain.chain import Base, history, pretrained, resolved, stage_rank, write_records
+from trainer.posttrain.chain import Base, further, pairs_block, pretrained, stage_rank, trained, write_records
 from trainer.posttrain.test_sft import WORDS
 
 
@@ -32,33 +32,8 @@ def pairs(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
 
 def dpo(base: Base, folder: Path, layout: dict[str, int] = TP1, *, attempt: int = 1, **fields: Any) -> ResolvedStage:
     data = write_records(folder / "pairs.jsonl", pairs(160))
-    block = {
-        "from": {"model": "base"},
-        "data": {"sources": [{"uri": str(data)}], "validation": {"fraction": 0.1}},
-        "epochs": 1.5,
-        "sequenceLength": 128,
-        "globalBatchSize": 8,
-        "microBatchSize": 2,
-        "precision": "fp32",
-        "beta": 0.1,
-        "schedule": {"learningRate": 2e-3, "warmup": 2, "decay": "constant"},
-        "checkpoint": {"every": 4},
-        "parallelism": {"tensor": layout["tensor"], "pipeline": layout["pipeline"]},
-    } | fields
-    return resolved(
-        base.storage.model_copy(update={"uri": str(folder / "storage")}),
-        "dpo",
-        {"dpo": block},
-        inputs={"model": base.model},
-        attempt=attempt,
-        ranks=layout["tensor"] * layout["pipeline"] * layout["data"],
-    )
-
-
-def trained(stage: ResolvedStage, folder: Path) -> list[dict[str, Any]]:
-    ended = gang(stage_rank, stage.stage.compute.world, stage, folder)
-    assert not any(e.error for e in ended), ended
-    return history(stage)
+    block = pairs_block(data, **({"beta": 0.1} | fields))
+    return further(base, folder, {"dpo": block}, layout, name="dpo", attempt=attempt)
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,10 @@ from headrace_trainer.formats.model_card import read_card
 from headrace_trainer.stages.export.weights import read_weights
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, gang
 from trainer.export.ranks import PROMPTS, ask_megatron
-from trainer.posttrain.chain import Base, pretrained, stage_rank
+from trainer.posttrain.chain import Base, pretrained, stage_rank, trained
 from trainer.posttrain.test_dpo import dpo
-from trainer.posttrain.test_dpo import trained as trained_dpo
 from trainer.posttrain.test_reward import reward
-from trainer.posttrain.test_reward import trained as trained_reward
-from trainer.posttrain.test_sft import fine_tuned, sft
+from trainer.posttrain.test_sft import sft
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 FEW = {"lora": {"rank": 1, "alpha": 1, "targets": ["proj"]}}
@@ -50,9 +48,9 @@ def adapted(base: Base, folder: Path, layout: dict[str, int] = TP1, **fields: An
 
 def watched_rank(rank: int, world: int, stage: ResolvedStage, folder: Path) -> dict[str, Any]:
     """One rank of an sft stage to its end; what it trained, and which weights of its base model have changed."""
-    from headrace_trainer.stages.sft import stage as sft_stage
+    from headrace_trainer.engine import finetune
 
-    leave, seen = sft_stage.leave_finetuned, {}
+    leave, seen = finetune.leave_finetuned, {}
 
     def look_and_leave(ctx: Any, loop: Any, start: Any) -> Any:
         fresh = dict(start.build(loop.gang, ctx.config, seed=ctx.resolved.seed).named_parameters())
@@ -67,7 +65,7 @@ def watched_rank(rank: int, world: int, stage: ResolvedStage, folder: Path) -> d
         )
         return leave(ctx, loop, start)
 
-    sft_stage.leave_finetuned = look_and_leave
+    finetune.leave_finetuned = look_and_leave
     stage_rank(rank, world, stage, folder)
     return seen
 
@@ -86,7 +84,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_it_begins_as_its_base_and_learns(base: Base, tmp_path: Path, one_rank: tuple[Path, dict[str, Any]]) -> None:
-    whole = fine_tuned(sft(base, tmp_path, epochs=0.1), tmp_path)
+    whole = trained(sft(base, tmp_path, epochs=0.1), tmp_path)
     losses = records(one_rank[0])
     assert losses[0]["loss_hex"] == whole[0]["loss_hex"]
     assert losses[0]["loss"] > 5
@@ -136,7 +134,7 @@ def test_losses_do_not_depend_on_sequence_parallelism(base: Base, tmp_path: Path
     for name, layout in {"one": TP1, "two": TP2}.items():
         folder = tmp_path / name
         stage = adapted(base, folder, layout, sequenceLength=63, microBatchSize=1, epochs=0.3)
-        found.append(fine_tuned(stage, folder))
+        found.append(trained(stage, folder))
     assert [r["loss"] for r in found[1]] == pytest.approx([r["loss"] for r in found[0]], abs=1e-5, rel=0)
 
 
@@ -156,7 +154,7 @@ def test_a_killed_stage_goes_on_bit_for_bit(
     die_at = random.Random(seed).randrange(5, len(whole) - 1)
     killed = gang(stage_rank, world, adapted(base, tmp_path, layout, **fields), tmp_path, die_at)
     assert killed[-1].exit_code == -signal.SIGKILL
-    resumed = fine_tuned(adapted(base, tmp_path, layout, attempt=2, **fields), tmp_path)
+    resumed = trained(adapted(base, tmp_path, layout, attempt=2, **fields), tmp_path)
     assert [r["loss_hex"] for r in resumed] == [r["loss_hex"] for r in whole]
 
 
@@ -195,7 +193,7 @@ def test_peft_makes_of_base_and_adapter_what_was_merged(base: Base, one_rank: tu
 
 def test_preferences_are_held_to_the_base_model(base: Base, tmp_path: Path) -> None:
     schedule = {"learningRate": 1e-2, "warmup": 1, "decay": "constant"}
-    found = trained_dpo(dpo(base, tmp_path, adapter=LORA, schedule=schedule), tmp_path)
+    found = trained(dpo(base, tmp_path, adapter=LORA, schedule=schedule), tmp_path)
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert found[-1]["loss"] < 0.65
@@ -203,7 +201,7 @@ def test_preferences_are_held_to_the_base_model(base: Base, tmp_path: Path) -> N
 
 def test_a_reward_model_trains_its_head_beside_the_adapter(base: Base, tmp_path: Path) -> None:
     stage = reward(base, tmp_path, adapter=LORA, epochs=0.5)
-    trained_reward(stage, tmp_path)
+    trained(stage, tmp_path)
     folder = Path(stage.output_uri)
     newest = max((folder / "checkpoints").glob("*/*"))
     stored = FileSystemReader(str(newest)).read_metadata().state_dict_metadata

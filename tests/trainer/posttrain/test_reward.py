@@ -12,7 +12,7 @@ import pytest
 from headrace_api.contract import ResolvedStage
 from headrace_trainer.stages.reward.report import assess
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, gang
-from trainer.posttrain.chain import Base, history, pretrained, resolved, stage_rank, write_records
+from trainer.posttrain.chain import Base, further, pairs_block, pretrained, stage_rank, trained, write_records
 from trainer.posttrain.test_dpo import pairs
 
 
@@ -23,32 +23,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 def reward(base: Base, folder: Path, layout: dict[str, int] = TP1, *, attempt: int = 1, **fields: Any) -> ResolvedStage:
     data = write_records(folder / "pairs.jsonl", pairs(160))
-    block = {
-        "from": {"model": "base"},
-        "data": {"sources": [{"uri": str(data)}], "validation": {"fraction": 0.1}},
-        "epochs": 1.5,
-        "sequenceLength": 128,
-        "globalBatchSize": 8,
-        "microBatchSize": 2,
-        "precision": "fp32",
-        "schedule": {"learningRate": 2e-3, "warmup": 2, "decay": "constant"},
-        "checkpoint": {"every": 4},
-        "parallelism": {"tensor": layout["tensor"], "pipeline": layout["pipeline"]},
-    } | fields
-    return resolved(
-        base.storage.model_copy(update={"uri": str(folder / "storage")}),
-        "rm",
-        {"reward": block},
-        inputs={"model": base.model},
-        attempt=attempt,
-        ranks=layout["tensor"] * layout["pipeline"] * layout["data"],
-    )
-
-
-def trained(stage: ResolvedStage, folder: Path) -> list[dict[str, Any]]:
-    ended = gang(stage_rank, stage.stage.compute.world, stage, folder)
-    assert not any(e.error for e in ended), ended
-    return history(stage)
+    block = pairs_block(data, **fields)
+    return further(base, folder, {"reward": block}, layout, name="rm", attempt=attempt)
 
 
 @pytest.fixture(scope="module")

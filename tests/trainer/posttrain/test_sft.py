@@ -10,7 +10,7 @@ import pytest
 
 from headrace_api.contract import ResolvedStage
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, TP2_PP2, gang
-from trainer.posttrain.chain import Base, history, pretrained, resolved, stage_rank, write_records
+from trainer.posttrain.chain import Base, further, pretrained, stage_rank, trained, write_records
 
 WORDS = ("lamp", "storm", "boat", "gull", "wall", "horn", "oil", "fog", "map", "beach", "page", "deck")
 
@@ -53,28 +53,13 @@ def block(data: Path, **fields: Any) -> dict[str, Any]:
 def sft(base: Base, folder: Path, layout: dict[str, int] = TP1, *, attempt: int = 1, **fields: Any) -> ResolvedStage:
     """A stage on 200 conversations, in a storage of its own."""
     data = write_records(folder / "chat.jsonl", conversations(200))
-    axes = {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
-    return resolved(
-        base.storage.model_copy(update={"uri": str(folder / "storage")}),
-        "sft",
-        {"sft": block(data, parallelism=axes, **fields)},
-        inputs={"model": base.model},
-        attempt=attempt,
-        ranks=layout["tensor"] * layout["pipeline"] * layout["data"],
-    )
-
-
-def fine_tuned(stage: ResolvedStage, folder: Path) -> list[dict[str, Any]]:
-    """Run a stage to its end; its history."""
-    ended = gang(stage_rank, stage.stage.compute.world, stage, folder)
-    assert not any(e.error for e in ended), ended
-    return history(stage)
+    return further(base, folder, {"sft": block(data, **fields)}, layout, name="sft", attempt=attempt)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return fine_tuned(sft(base, folder), folder)
+    return trained(sft(base, folder), folder)
 
 
 def test_a_model_learns_its_demonstrations(undisturbed: list[dict[str, Any]]) -> None:
@@ -92,7 +77,7 @@ def test_a_model_learns_its_demonstrations(undisturbed: list[dict[str, Any]]) ->
 def test_losses_do_not_depend_on_how_a_batch_is_cut(
     base: Base, tmp_path: Path, undisturbed: list[dict[str, Any]], layout: dict[str, int], micro_batch_size: int
 ) -> None:
-    records = fine_tuned(sft(base, tmp_path, layout, microBatchSize=micro_batch_size), tmp_path)
+    records = trained(sft(base, tmp_path, layout, microBatchSize=micro_batch_size), tmp_path)
     for figure in ("loss", "validation_loss"):
         expected = [r[figure] for r in undisturbed if figure in r]
         assert [r[figure] for r in records if figure in r] == pytest.approx(expected, abs=1e-5, rel=0)
@@ -100,13 +85,13 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut(
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
 def test_a_killed_stage_goes_on_bit_for_bit(base: Base, tmp_path: Path, packing: bool) -> None:
-    whole = fine_tuned(sft(base, tmp_path / "whole", DP2, packing=packing), tmp_path / "whole")
+    whole = trained(sft(base, tmp_path / "whole", DP2, packing=packing), tmp_path / "whole")
     seed = int(os.environ.get("HEADRACE_TEST_SEED", random.randrange(10**6)))
     print(f"HEADRACE_TEST_SEED={seed}")
     die_at = random.Random(seed).randrange(5, len(whole) - 1)
     killed = gang(stage_rank, 2, sft(base, tmp_path, DP2, packing=packing), tmp_path, die_at)
     assert killed[-1].exit_code == -signal.SIGKILL
-    resumed = fine_tuned(sft(base, tmp_path, DP2, packing=packing, attempt=2), tmp_path)
+    resumed = trained(sft(base, tmp_path, DP2, packing=packing, attempt=2), tmp_path)
     assert [r["loss_hex"] for r in resumed] == [r["loss_hex"] for r in whole]
 
 

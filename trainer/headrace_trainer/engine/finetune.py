@@ -7,23 +7,24 @@ the records as units on this node; and, once the loop is through, the stage's ou
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace_api.artifact import canonical_digest
 from headrace_api.model import padded_vocab
+from headrace_api.parallelism import layout
 from headrace_api.stages import Finetune
 from headrace_trainer.engine.adapter_files import write_adapter
 from headrace_trainer.engine.assembly import final_metrics, leave_model
 from headrace_trainer.engine.batches import Samples
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.loop import Loop
-from headrace_trainer.engine.model.build import Head, build_model
+from headrace_trainer.engine.model.build import Head, build_model, check_precision
 from headrace_trainer.engine.model.lora import merge_adapters
 from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.origin import Origin, Pretrained, find_origin
-from headrace_trainer.engine.parallel import Gang
+from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat import Encoder, with_chat_template
 from headrace_trainer.formats.chat.tokens import load
@@ -33,7 +34,7 @@ from headrace_trainer.formats.preview import preview
 from headrace_trainer.formats.records import Shape
 from headrace_trainer.formats.tokenizer import load_tokenizer
 from headrace_trainer.locks import locked
-from headrace_trainer.stage import StageContext
+from headrace_trainer.stage import StageContext, write_atomically
 
 DATA_REPORT, EXAMPLES = "data.json", "examples.md"
 
@@ -74,21 +75,60 @@ class Start:
         self.origin.load(model, head=head)
 
 
-def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shape], room: int = 1) -> Start:
+def run_finetune(
+    ctx: StageContext,
+    *,
+    allowed: Collection[Shape],
+    build: Callable[[StageContext, Gang, Start], Loop],
+    measure: Callable[[Loop, Start], dict[str, float]] | None = None,
+    room: int = 0,
+) -> dict[str, float]:
+    """Train a model further. Every rank of the gang calls.
+
+    Args:
+        ctx: the stage.
+        allowed: the shapes of records that the stage takes.
+        build: makes the loop before its first step.
+        measure: what is measured of the trained model, before it is written; every rank calls it.
+        room: positions of the sequence length that a record must leave free.
+
+    Returns:
+        The final losses, how much was read, and what was measured.
+
+    Raises:
+        UserError: bad configuration or data.
+        StorageError: storage failed, or no committed checkpoint is whole.
+        Stopped: asked to stop; a checkpoint is committed.
+    """
+    config = ctx.config
+    assert isinstance(config, Finetune)
+    check_precision(config.precision)
+    start = prepare(ctx, config, allowed=allowed, room=room)
+    axes = layout(config.parallelism, num_ranks=ctx.world)
+    local_world = ctx.resolved.stage.compute.ranks
+    with join_gang(
+        axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=local_world, seed=ctx.resolved.seed
+    ) as gang:
+        loop = build(ctx, gang, start)
+        loop.resume()
+        loop.run()
+        measured = measure(loop, start) if measure is not None else {}
+        return leave_finetuned(ctx, loop, start) | measured
+
+
+def prepare(ctx: StageContext, config: Finetune, *, allowed: Collection[Shape], room: int = 0) -> Start:
     """Read the model's card, complete its tokenizer, and encode the records; the node's ranks share the work.
 
     Args:
         ctx: the stage.
-        template: the chat template; the tokenizer's own or the default one if None.
+        config: its typed block.
         allowed: the shapes of records that the stage takes.
-        room: tokens that a prompt leaves free for its answer.
+        room: positions of the sequence length that a record must leave free, as a prompt for its answer.
 
     Raises:
         UserError: the model, the records or the template cannot be used.
         StorageError: the model is gone.
     """
-    config = ctx.config
-    assert isinstance(config, Finetune)
     origin, kind = find_origin(ctx), ctx.resolved.stage.kind
     folder, done = ctx.scratch / "data", ctx.scratch / "data.done"
     tokenizer = folder / TOKENIZER_FOLDER
@@ -97,18 +137,19 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)
             tokenizer.mkdir(parents=True)
-            with_chat_template(origin.tokenizer, tokenizer, template=template)
+            with_chat_template(origin.tokenizer, tokenizer, template=config.chat_template)
+            encoder = Encoder(tokenizer, sequence_length=config.sequence_length - room)
             dataset = load_dataset(
                 config.data,
                 name=f"{kind}.data",
                 allowed=allowed,
-                encoder=Encoder(tokenizer, sequence_length=config.sequence_length - room + 1),
+                encoder=encoder,
                 storage=ctx.resolved.storage,
                 folder=folder,
                 stop_requested=ctx.stop_requested,
             )
             dataset.save(folder)
-            done.touch()
+            write_atomically(done, json.dumps(encoder.stop_ids()))
     card = origin.card
     vocab_size = max(card.vocab_size, load_tokenizer(tokenizer).vocab_size)
     card = card.model_copy(
@@ -117,7 +158,7 @@ def prepare(ctx: StageContext, *, template: str | None, allowed: Collection[Shap
             "padded_vocab_size": padded_vocab(vocab_size),
             "sequence_length": max(card.sequence_length, config.sequence_length),
             "precision": config.precision,
-            "stop_ids": tuple(Encoder(tokenizer, sequence_length=config.sequence_length).stop_ids()),
+            "stop_ids": tuple(json.loads(done.read_text())),
         }
     )
     return Start(origin=origin, card=card, tokenizer=tokenizer, dataset=Dataset.open(folder))

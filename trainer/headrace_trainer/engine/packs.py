@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from headrace_api.stages.finetune import OfflineFinetune
 from headrace_trainer import board
 from headrace_trainer.engine.packed import PackedBatch, collate
 from headrace_trainer.engine.parallel import Gang
@@ -67,25 +68,21 @@ class PackSamples:
         return self.units.pack(self.order.units(index))
 
 
-def training_packs(dataset: Dataset, *, capacity: int, seed: int, packing: Packing) -> PackSamples:
-    """The packs of all epochs.
+def packs_of(dataset: Dataset, config: OfflineFinetune, *, seed: int) -> tuple[PackSamples, PackSamples | None]:
+    """The packs of all epochs, and those of the held-out units, which are always the same; None if there are none.
 
     Args:
         dataset: the stage's.
-        capacity: tokens of a pack.
+        config: its typed block.
         seed: the run's.
-        packing: how many units a pack has.
     """
+    packing = Packing.BEST_FIT if config.packing else Packing.NONE
+    capacity, held_out = config.sequence_length, dataset.validation
     order = PackOrder(dataset.train.lengths, capacity=capacity, seed=seed, packing=packing, shares=dataset.shares)
-    return PackSamples(dataset.train, order)
-
-
-def validation_packs(dataset: Dataset, *, capacity: int, packing: Packing) -> PackSamples | None:
-    """The held-out units, always in the same packs; None if there are none."""
-    if dataset.validation is None:
-        return None
-    order = PackOrder(dataset.validation.lengths, capacity=capacity, seed=0, packing=packing)
-    return PackSamples(dataset.validation, order)
+    training = PackSamples(dataset.train, order)
+    if held_out is None:
+        return training, None
+    return training, PackSamples(held_out, PackOrder(held_out.lengths, capacity=capacity, seed=0, packing=packing))
 
 
 def values_of_pairs(

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from headrace_api.run import Storage
-from headrace_api.stages.data import Data
+from headrace_api.stages.data import Data, Records, ValidationData
 from headrace_trainer import board
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.chat import Encoder
@@ -124,7 +124,7 @@ class _Builder:
 
 
 def load_dataset(
-    data: Data,
+    data: Records,
     *,
     name: str,
     allowed: Collection[Shape],
@@ -158,7 +158,8 @@ def load_dataset(
         max_bad_fraction=data.max_bad_fraction,
         stop_requested=stop_requested,
     )
-    held_back = data.validation.fraction or 0.0 if data.validation is not None else 0.0
+    held_out = data.validation if isinstance(data, Data) else None
+    held_back = held_out.fraction or 0.0 if held_out is not None else 0.0
     shares: list[Share] = []
     with UnitWriter(folder / "train") as train, UnitWriter(folder / "validation") as validation:
         for i, source in enumerate(data.sources):
@@ -167,11 +168,10 @@ def load_dataset(
             first = len(train)
             builder.read(found, train, validation, held_back=held_back)
             shares.append(Share(first=first, count=len(train) - first, weight=source.weight))
-        if data.validation is not None and data.validation.uri is not None:
-            held_out = data.validation
-            found = find_source(held_out.uri or "", storage, field=f"{name}.validation.uri", format=held_out.format)
+        if held_out is not None and held_out.uri is not None:
+            found = find_source(held_out.uri, storage, field=f"{name}.validation.uri", format=held_out.format)
             builder.read(found, train, validation, held_back=1.0)
-    return _dataset(data, folder, tuple(shares), name=name, sources=builder.sources)
+    return _dataset(held_out, folder, tuple(shares), name=name, sources=builder.sources)
 
 
 def _note(record: Record) -> bytes:
@@ -195,18 +195,23 @@ def _check_something_left(name: str, tally: Tally, kept: _Kept) -> None:
 
 
 def _dataset(
-    data: Data, folder: Path, shares: tuple[Share, ...], *, name: str, sources: list[dict[str, Any]]
+    held_out: ValidationData | None,
+    folder: Path,
+    shares: tuple[Share, ...],
+    *,
+    name: str,
+    sources: list[dict[str, Any]],
 ) -> Dataset:
     train, validation = Units(folder / "train"), Units(folder / "validation")
     if len(train) == 0:
         raise UserError(f"{name}.validation.fraction: holds every record back; lower it, or add records")
-    if data.validation is not None and len(validation) == 0:
+    if held_out is not None and len(validation) == 0:
         total = len(train)
         raise UserError(
-            f"{name}.validation.fraction: {data.validation.fraction}: holds none of {total:,} records back; raise it"
+            f"{name}.validation.fraction: {held_out.fraction}: holds none of {total:,} records back; raise it"
         )
-    held_out = validation if data.validation is not None else None
-    return Dataset(train=train, shares=shares, validation=held_out, report={"sources": sources} | _lengths(train))
+    measured = validation if held_out is not None else None
+    return Dataset(train=train, shares=shares, validation=measured, report={"sources": sources} | _lengths(train))
 
 
 def _lengths(units: Units) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from headrace_trainer.engine.device.megatron import (
 class CausalAttention(MegatronModule):  # type: ignore[misc]
     """softmax(q k^T / sqrt(D)) v over earlier positions (arXiv 1706.03762, eq. 1), several query heads a key head.
 
-    Megatron builds it from a layer spec. What would change the result and is not done here is refused.
+    Megatron builds it from a layer spec. What it does not support, and would change the result, it refuses.
 
     Args:
         config: the model's.
@@ -189,4 +189,4 @@ def _refuse_mask_type(kind: AttnMaskType) -> None:
 
 def _refuse(what: str, is_asked_for: bool) -> None:
     if is_asked_for:
-        raise NotImplementedError(f"attention with {what}: that is not done here")
+        raise NotImplementedError(f"attention with {what}: not supported")

@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from headrace_api.parallelism import layout
 from headrace_api.stages import Rl
 from headrace_api.stages.rl import Algorithm, GrpoLoss
 from headrace_trainer.engine.advantages import Credit, Worth
 from headrace_trainer.engine.assembly import Task, build_loop
 from headrace_trainer.engine.checkpoint.state import load_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
-from headrace_trainer.engine.finetune import Start, leave_finetuned, num_steps, prepare
+from headrace_trainer.engine.finetune import Start, num_steps, run_finetune
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.losses import Aggregation, KlEstimator
-from headrace_trainer.engine.model.build import Head, build_model, check_precision
-from headrace_trainer.engine.parallel import Gang, join_gang
+from headrace_trainer.engine.model.build import Head, build_model
+from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.policy import PolicyGradient, ProximalPolicy, Ratio, Rule
 from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat.tokens import load
@@ -40,34 +39,24 @@ _SHOWN = 10
 
 
 def run_rl(ctx: StageContext) -> dict[str, float]:
-    """Train a model on its own answers. Every rank of the gang calls.
-
-    Returns:
-        The final figures, and how much was read.
+    """Train a model on its own answers. Every rank of the gang calls; see ``run_finetune``.
 
     Raises:
-        UserError: bad configuration or data, or a figure went too far.
-        StorageError: storage failed, or no committed checkpoint is whole.
-        Stopped: asked to stop; a checkpoint is committed.
+        UserError: also where a figure went too far.
     """
     config = ctx.config
     assert isinstance(config, Rl)
-    check_precision(config.precision)
-    start = prepare(ctx, template=config.chat_template, allowed=PROMPT_SHAPES, room=config.max_new_tokens)
-    check_rewards(config, start.dataset.train)
-    axes = layout(config.parallelism, num_ranks=ctx.world)
-    local_world = ctx.resolved.stage.compute.ranks
-    with join_gang(
-        axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=local_world, seed=ctx.resolved.seed
-    ) as gang:
-        loop = build_rl(ctx, gang, start)
-        loop.resume()
-        loop.run()
+
+    def measure(loop: Loop, start: Start) -> dict[str, float]:
         rollouts = loop.hooks
         assert isinstance(rollouts, Rollouts)
-        if gang.is_first and rollouts.answers:
+        if loop.gang.is_first and rollouts.answers:
             (ctx.output / ANSWERS_FILE).write_text("\n".join(_shown(config, rollouts.answers, start.tokenizer)))
-        return leave_finetuned(ctx, loop, start) | _figures(loop)
+        return _figures(loop)
+
+    # The last token of an answer is not read by the model, so it needs no position.
+    room = config.max_new_tokens - 1
+    return run_finetune(ctx, allowed=PROMPT_SHAPES, build=build_rl, measure=measure, room=room)
 
 
 def check_rewards(config: Rl, prompts: Units) -> None:
@@ -88,6 +77,7 @@ def build_rl(ctx: StageContext, gang: Gang, start: Start) -> Loop:
     assert isinstance(config, Rl)
     seed, critic = ctx.resolved.seed, config.algorithm is Algorithm.PPO
     units = start.dataset.train
+    check_rewards(config, units)
     order = PackOrder(
         units.lengths, capacity=config.sequence_length, seed=seed, packing=Packing.NONE, shares=start.dataset.shares
     )
@@ -114,7 +104,7 @@ def build_rl(ctx: StageContext, gang: Gang, start: Start) -> Loop:
         head=head,
         fill=lambda model: start.fill(model, seed=seed, head=head),
         hooks=rollouts,
-        data=start.dataset.digest,
+        data=start.digest,
     )
     return build_loop(ctx, gang, task)
 

@@ -4,59 +4,34 @@ In: a ``StageContext`` with a model. Out: in ``ctx.output``, the model, its hist
 template, and what was read and left out; the final figures as metrics.
 """
 
-from headrace_api.parallelism import layout
 from headrace_api.stages import Sft
 from headrace_trainer.engine.assembly import Task, build_loop
-from headrace_trainer.engine.finetune import Start, leave_finetuned, num_steps, prepare
+from headrace_trainer.engine.finetune import Start, num_steps, run_finetune
 from headrace_trainer.engine.loop import Loop
-from headrace_trainer.engine.model.build import check_precision
-from headrace_trainer.engine.packs import training_packs, validation_packs
-from headrace_trainer.engine.parallel import Gang, join_gang
+from headrace_trainer.engine.packs import packs_of
+from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.supervised import Supervised
-from headrace_trainer.formats.packs import Packing
 from headrace_trainer.formats.records import SFT_SHAPES
 from headrace_trainer.stage import StageContext
 
 
 def run_sft(ctx: StageContext) -> dict[str, float]:
-    """Train a model on demonstrations. Every rank of the gang calls.
-
-    Returns:
-        The final losses, how much was read, and how full the samples were.
-
-    Raises:
-        UserError: bad configuration or data.
-        StorageError: storage failed, or no committed checkpoint is whole.
-        Stopped: asked to stop; a checkpoint is committed.
-    """
-    config = ctx.config
-    assert isinstance(config, Sft)
-    check_precision(config.precision)
-    start = prepare(ctx, template=config.chat_template, allowed=SFT_SHAPES)
-    axes = layout(config.parallelism, num_ranks=ctx.world)
-    local_world = ctx.resolved.stage.compute.ranks
-    with join_gang(
-        axes, rank=ctx.rank, local_rank=ctx.local_rank, local_world=local_world, seed=ctx.resolved.seed
-    ) as gang:
-        loop = build_sft(ctx, gang, start)
-        loop.resume()
-        loop.run()
-        return leave_finetuned(ctx, loop, start)
+    """Train a model on demonstrations. Every rank of the gang calls; see ``run_finetune``."""
+    return run_finetune(ctx, allowed=SFT_SHAPES, build=build_sft)
 
 
 def build_sft(ctx: StageContext, gang: Gang, start: Start) -> Loop:
     """The loop before its first step."""
     config = ctx.config
     assert isinstance(config, Sft)
-    packing = Packing.BEST_FIT if config.packing else Packing.NONE
-    samples = training_packs(start.dataset, capacity=config.sequence_length, seed=ctx.resolved.seed, packing=packing)
+    training, validation = packs_of(start.dataset, config, seed=ctx.resolved.seed)
     task = Task(
         config=config,
-        steps=num_steps(config, samples),
+        steps=num_steps(config, training),
         card=start.card,
         objective=Supervised(fixed=gang.layout.pipeline > 1),
-        training=samples,
-        validation=validation_packs(start.dataset, capacity=config.sequence_length, packing=packing),
+        training=training,
+        validation=validation,
         fill=lambda model: start.fill(model, seed=ctx.resolved.seed),
         data=start.digest,
     )
