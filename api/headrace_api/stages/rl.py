@@ -142,7 +142,7 @@ class JsonSchema(Spec):
     """1 where the answer is JSON that a schema describes, else 0."""
 
     schema_text: str = Field(min_length=2, max_length=65_536, alias="schema")
-    """schema is a JSON Schema, as JSON text. Known are type, enum, const, properties, required, additionalProperties, items, minItems, maxItems, minLength, maxLength, pattern, minimum, maximum, anyOf and allOf, and title and description, which say nothing of the value."""
+    """schema is a JSON Schema (draft 2020-12), as JSON text. What it refers to must be in it; nothing is fetched."""
 
     @property
     def parsed(self) -> Any:
@@ -161,7 +161,7 @@ class JsonSchema(Spec):
 
 
 class PythonTests(Spec):
-    """1 where the answer's code passes the record's tests, else 0. It runs in processes of its own, with limits, and without a network where the kernel lets the trainer's user make a namespace."""
+    """1 where the answer's code passes the record's tests, else 0. It runs in processes of its own, with limits and without a network."""
 
     column: Line = Field("tests", max_length=128)
     """column is the prompt records' column that holds the tests: Python that raises where the code is wrong."""

@@ -23,31 +23,6 @@ Columns = Mapping[str, Any]
 _SECONDS = 2.0
 """Processor time that a rule without a limit of its own may take for one answer."""
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_TYPES: dict[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
-_KEYWORDS: dict[str, tuple[type, ...]] = {
-    "type": (str, list),
-    "enum": (list,),
-    "const": (object,),
-    "properties": (dict,),
-    "required": (list,),
-    "additionalProperties": (dict, bool),
-    "items": (dict, bool),
-    "anyOf": (list,),
-    "allOf": (list,),
-    "pattern": (str,),
-    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), (int,)),
-    **dict.fromkeys(("minimum", "maximum"), (int, float)),
-    **dict.fromkeys(("title", "description", "$schema"), (str,)),
-}
-"""What of JSON Schema is understood, and what may stand there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +78,10 @@ def check_columns(rule: RuleReward, columns: Columns, *, place: str) -> None:
 
 
 def check_rule(rule: RuleReward) -> None:
-    """Refuse a schema that says what is not understood here.
+    """Refuse a schema that is none.
 
     Raises:
-        UserError: a keyword is not known.
+        UserError: where, and why.
     """
     if isinstance(rule.block, JsonSchema):
         _check_schema(rule.block.parsed)
@@ -153,90 +128,42 @@ def code_in(answer: str) -> str:
 
 
 def conforms(value: Any, schema: Any) -> bool:
-    """Whether JSON is what a schema describes, by the keywords that ``check_rule`` lets through."""
-    if isinstance(schema, bool):
-        return schema
-    return all(_keyword_holds(value, key, wanted, schema) for key, wanted in schema.items())
+    """Whether JSON is what a schema describes that ``check_rule`` let through."""
+    # Imported here: most rules need none of it.
+    from jsonschema import Draft202012Validator
+    from referencing import Registry
 
-
-def _keyword_holds(value: Any, key: str, wanted: Any, schema: Mapping[str, Any]) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    match key:
-        case "type":
-            return any(_is_type(value, name) for name in ([wanted] if isinstance(wanted, str) else wanted))
-        case "enum":
-            return any(_equal(value, other) for other in wanted)
-        case "const":
-            return _equal(value, wanted)
-        case "anyOf":
-            return any(conforms(value, other) for other in wanted)
-        case "allOf":
-            return all(conforms(value, other) for other in wanted)
-        case "required":
-            return not isinstance(value, dict) or all(name in value for name in wanted)
-        case "properties":
-            return not isinstance(value, dict) or all(
-                conforms(value[name], of_name) for name, of_name in wanted.items() if name in value
-            )
-        case "additionalProperties":
-            known = schema.get("properties", {})
-            return not isinstance(value, dict) or all(conforms(v, wanted) for k, v in value.items() if k not in known)
-        case "items":
-            return not isinstance(value, list) or all(conforms(item, wanted) for item in value)
-        case "minItems":
-            return not isinstance(value, list) or len(value) >= wanted
-        case "maxItems":
-            return not isinstance(value, list) or len(value) <= wanted
-        case "minLength":
-            return not isinstance(value, str) or len(value) >= wanted
-        case "maxLength":
-            return not isinstance(value, str) or len(value) <= wanted
-        case "pattern":
-            return not isinstance(value, str) or re.search(wanted, value) is not None
-        case "minimum":
-            return not number or value >= wanted
-        case "maximum":
-            return not number or value <= wanted
-    return True
-
-
-def _is_type(value: Any, name: str) -> bool:
-    if isinstance(value, bool):
-        return name == "boolean"
-    if name == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, _TYPES.get(name, ()))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """As JSON has it: true is not 1."""
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+    # An empty registry: what a schema refers to is never fetched.
+    return bool(Draft202012Validator(schema, registry=Registry()).is_valid(value))
 
 
 def _check_schema(schema: Any) -> None:
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        raise UserError(f"rl.rewards: jsonSchema: {schema!r} is not a schema: write an object, true or false")
-    for key, wanted in schema.items():
-        if key not in _KEYWORDS:
-            raise UserError(f"rl.rewards: jsonSchema: {key!r} is not understood here: use {', '.join(_KEYWORDS)}")
-        if not isinstance(wanted, _KEYWORDS[key]):
-            raise UserError(
-                f"rl.rewards: jsonSchema: {key}: {wanted!r} cannot stand there: see the JSON Schema standard"
-            )
-    names = schema.get("type", [])
-    if unknown := [name for name in ([names] if isinstance(names, str) else names) if name not in _TYPES]:
-        raise UserError(f"rl.rewards: jsonSchema: type: {unknown[0]!r} is none: use {', '.join(_TYPES)}")
+    from jsonschema import Draft202012Validator, SchemaError
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
     try:
-        re.compile(schema.get("pattern", ""))
-    except re.error as error:
-        raise UserError(f"rl.rewards: jsonSchema: pattern: {schema['pattern']!r}: {error}: mend it") from error
-    for key in ("items", "additionalProperties"):
-        if key in schema:
-            _check_schema(schema[key])
-    for other in (*schema.get("properties", {}).values(), *schema.get("anyOf", ()), *schema.get("allOf", ())):
-        _check_schema(other)
+        Draft202012Validator.check_schema(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    except SchemaError as error:
+        raise UserError(f"rl.rewards: jsonSchema: {error.json_path}: {error.message}") from error
+    resolver = Registry().resolver_with_root(DRAFT202012.create_resource(schema))
+    for reference in _references(schema):
+        try:
+            resolver.lookup(reference)
+        except Unresolvable as error:
+            raise UserError(
+                f"rl.rewards: jsonSchema: $ref: {reference!r}: not found in the schema, and nothing is fetched: put it "
+                "under $defs"
+            ) from error
+
+
+def _references(schema: Any) -> Iterator[str]:
+    inside = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    if isinstance(schema, dict) and isinstance(schema.get("$ref"), str):
+        yield schema["$ref"]
+    for part in inside:
+        yield from _references(part)
 
 
 @contextmanager

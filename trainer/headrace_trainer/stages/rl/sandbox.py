@@ -1,5 +1,4 @@
-"""Python that a model wrote, run where it can do little harm: processes of its own with limits, and no network where the
-kernel lets this user make a namespace.
+"""Python that a model wrote, run where it can do little harm: processes of its own with limits, and no network.
 
 In: code and tests. Out: whether the tests ran to their end without an error. ``confined`` is the program that does it, in
 an interpreter of its own. A fence against a model's mistakes, not against an attacker: it can read what its user can.
