@@ -62,17 +62,18 @@ LAYOUTS = {
     "TP2": Layout(tensor=2, pipeline=1, data=1),
     "PP2": Layout(tensor=1, pipeline=2, data=1),
 }
+SAVED_AS = ("1 rank", "DP2")
 RESUMES = [("PP2", "PP2"), ("DP2", "DP2"), ("TP2", "TP2"), ("1 rank", "PP2"), ("PP2", "DP2")]
 
 
-def training(model: str, layout: str) -> Training:
-    """Short steps: the shorter a step, the more a save weighs."""
+def training(model: str, layout: str, *, global_batch: int | None = None) -> Training:
+    """Short steps: the shorter a step, the more a save weighs. A sample a replica unless ``global_batch`` is set."""
     architecture, vocab_size = ARCHITECTURES[model]
     return Training(
         architecture=architecture,
         vocab_size=vocab_size,
         length=16,
-        global_batch=LAYOUTS[layout].data,
+        global_batch=global_batch or LAYOUTS[layout].data,
         micro_batch=1,
         steps=10**6,
         precision=Precision.FP32,
@@ -410,7 +411,9 @@ class Resume:
 def save_or_resume(model: str, layout: str, attempt: int, rank: int, folder: Path, _watching: Any) -> list[int] | None:
     """Go on from what is in ``folder``, take two steps and save; what each node fetched, on rank 0."""
     store = FarStore(folder / "storage")
-    with opened(training(model, layout), folder, rank=rank, attempt=attempt, own_node=True, store=store) as loop:
+    # The batch is part of what a checkpoint belongs to, the layout is not.
+    same = training(model, layout, global_batch=2)
+    with opened(same, folder, rank=rank, attempt=attempt, own_node=True, store=store) as loop:
         assert (loop.step > 0) == (attempt > 1)
         fetched = loop.gang.gather(store.fetched)
         if attempt == 1:
@@ -526,7 +529,7 @@ def main() -> int:
     """Measure, print tables, write JSON; 1 where a save in the background stalls training for longer than it may."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=ARCHITECTURES, action="append", help="all if left out")
-    parser.add_argument("--layout", choices=("1 rank", "DP2"), action="append", help="both if left out")
+    parser.add_argument("--layout", choices=SAVED_AS, action="append", help="both if left out")
     parser.add_argument("--way", choices=WAYS, action="append", help="all if left out")
     parser.add_argument("--rounds", type=int, default=6, help="saves of each way")
     parser.add_argument("--only", choices=("saves", "resumes"))
@@ -536,7 +539,7 @@ def main() -> int:
     resumes: list[Resume] = []
     if args.only != "resumes":
         for model in args.model or ARCHITECTURES:
-            for layout in args.layout or ("1 rank", "DP2"):
+            for layout in args.layout or SAVED_AS:
                 case = Case(model=model, layout=layout, ways=tuple(args.way or WAYS), rounds=args.rounds)
                 measured.append((case, compare_saves(case)))
                 print(save_table(*measured[-1]), flush=True)

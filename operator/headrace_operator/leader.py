@@ -65,8 +65,8 @@ class Leadership:
         return self._clock() < self._until
 
     async def acquire(self) -> None:
-        """Wait until this replica leads."""
-        while not await self._try(self._claim):
+        """Wait until this replica leads. A claim that took longer than a renewal lasts is made again."""
+        while not (await self._try(self._claim) and self.leads()):
             await asyncio.sleep(self._seconds_to_next_look())
         logger.info("%s leads", self._settings.identity)
 

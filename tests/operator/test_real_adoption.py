@@ -34,6 +34,9 @@ def started(world: World, operator: Any) -> World:
     for pod in world.objects("pods", "headrace.dev/run")[::2]:
         world.run_pod(pod)
     world.eventually(lambda: world.objects("configmaps", "headrace.dev/run")[RUNS - 1])
+    world.eventually(
+        lambda: sum(job["status"].get("ready", 0) for job in world.objects("jobs", "headrace.dev/run")) == RUNS // 2
+    )
     return world
 
 
