@@ -255,7 +255,7 @@ def test_a_stage_that_does_not_fit_the_model_is_refused_before_records_are_read(
     (tmp_path / "chat.jsonl").unlink()
     ctx = StageContext(resolved=sft, scratch=tmp_path / "scratch")
     with pytest.raises(UserError) as refused:
-        prepare(ctx, template=None, allowed=SFT_SHAPES)
+        prepare(ctx, ctx.config, allowed=SFT_SHAPES)
     assert said in str(refused.value)
 
 
