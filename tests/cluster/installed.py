@@ -132,7 +132,7 @@ class Runs:
         return "\n".join([status, pods, operator])
 
     def losses(self, stage: str) -> list[str]:
-        """The loss of every step of a finished pretrain stage, bit for bit, read from storage."""
+        """The loss of every step of a finished training stage, bit for bit, read from storage."""
         body = self.s3.client().get_object(Bucket=self.bucket, Key=f"store/{stage}/history.jsonl")["Body"].read()
         return [json.loads(line)["loss_hex"] for line in body.decode().splitlines()]
 

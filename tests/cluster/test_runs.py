@@ -131,12 +131,52 @@ def test_suspending_saves_and_frees_the_pods_and_resuming_goes_on(runs: Runs) ->
     assert runs.losses("base-suspended") == runs.losses("base")
 
 
+def test_a_model_is_taught_to_chat_and_reinforced_and_suspending_in_the_middle_changes_no_loss(runs: Runs) -> None:
+    asked = [
+        {"role": "user", "content": f"Say something of {word}"} for word in ("classes", "modules", "types", "lists")
+    ]
+    chats = [{"messages": [turn, {"role": "assistant", "content": "It is an object."}]} for turn in asked * 20]
+    for name, rows in {"chats": chats, "prompts": [{"prompt": [turn]} for turn in asked]}.items():
+        body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        runs.s3.client().put_object(Bucket=runs.bucket, Key=f"records/{name}.jsonl", Body=body)
+
+    def stage(kind: str, records: str, **fields: Any) -> dict[str, Any]:
+        source = {"uri": f"s3://{runs.bucket}/records/{records}.jsonl"}
+        block = {"data": {"sources": [source]}, "sequenceLength": 64, "precision": "fp32", "globalBatchSize": 8}
+        return {"compute": {"nodes": 2}, kind: {**block, "checkpoint": {"every": 1, "keep": 2}, **fields}}
+
+    def reinforced(name: str) -> dict[str, Any]:
+        sizes = {"promptsPerIteration": 4, "groupSize": 4, "epochsPerIteration": 2, "maxNewTokens": 8, "epochs": 10}
+        rule = {"rule": {"regex": {"pattern": "object"}}}
+        return {"name": name, **stage("rl", "prompts", **{"from": {"model": "chat"}}, rewards=[rule], **sizes)}
+
+    def manifest(name: str, last: str) -> dict[str, Any]:
+        value = runs.manifest(name, *DATA, "base")
+        chat = {"name": "chat", **stage("sft", "chats", **{"from": {"model": "base"}}, epochs=2)}
+        value["spec"]["stages"] += [chat, reinforced(last)]
+        return value
+
+    runs.cluster.apply(manifest("aligned", "rl"))
+    runs.wait_complete("aligned")
+    runs.cluster.apply(manifest("paused", "rl-suspended"))
+    # An iteration has four steps: the answers of the second one are there, and not yet trained on twice.
+    runs.cluster.wait(lambda: runs.step("paused", "rl-suspended") >= 5, "step 5", timeout_seconds=300)
+    _set_suspend(runs, "paused", True)
+    condition = ("--for=condition=Suspended", "trun/paused", "-n", runs.namespace, "--timeout=120s")
+    runs.cluster.kubectl("wait", *condition, timeout_seconds=150)
+    assert 5 <= runs.get("paused")["status"]["checkpoint"]["step"] < 40
+    _set_suspend(runs, "paused", False)
+    runs.wait_complete("paused")
+    assert len(runs.losses("rl")) == 40
+    assert runs.losses("rl-suspended") == runs.losses("rl")
+
+
 def _set_suspend(runs: Runs, name: str, value: bool) -> None:
     patch = json.dumps({"spec": {"suspend": value}})
     runs.cluster.kubectl("patch", "trun", name, "-n", runs.namespace, "--type=merge", "-p", patch)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "second", "third"])
+@pytest.mark.parametrize("name", ["quickstart", "second", "third", "aligned", "paused"])
 def test_deleting_a_run_leaves_no_object_behind(runs: Runs, name: str) -> None:
     kinds = "jobs,pods,services,configmaps,serviceaccounts,deployments,replicasets,endpointslices,secrets,leases,persistentvolumeclaims"
     labels = ["-n", runs.namespace, "-l", f"headrace.dev/run={name}"]
