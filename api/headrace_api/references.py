@@ -11,13 +11,13 @@ from headrace_api.compute import cel_world
 from headrace_api.model import Architecture, cel_dimension
 from headrace_api.parallelism import MAX_TENSOR, SPLIT_BY_TENSOR, Parallelism, split_model
 from headrace_api.stage import Stage
-from headrace_api.stages import KINDS, ArtifactKind, Finetune
+from headrace_api.stages import KINDS, ArtifactKind, Finetune, StartsFromModel
 from headrace_api.stages.deploy import Engine
 
 MAX_STAGES = 32
 _PLACES = f"[{', '.join(str(i) for i in range(MAX_STAGES))}]"
 """CEL's list macros give no indices; a list of indices does."""
-_FINETUNING = [kind for kind, config in KINDS.items() if issubclass(config, Finetune)]
+_STARTING = [kind for kind, config in KINDS.items() if issubclass(config, StartsFromModel)]
 _VLLM = "vllm splits the heads over its GPUs"
 
 
@@ -36,9 +36,9 @@ def check_references(stages: Sequence[Stage]) -> None:
         field = f"stages[{i}].compute.{stage.compute.ranks_field}"
         if stage.evaluate is not None:
             _check_evaluate(field, stage, arch=architecture_of(stage.evaluate.from_.model, seen))
-        if isinstance(stage.config, Finetune) and stage.config.model_stage is not None:
+        if isinstance(stage.config, StartsFromModel) and stage.config.model_stage is not None:
             arch = architecture_of(stage.config.model_stage, seen)
-            _check_finetune(f"stages[{i}].{stage.kind}", stage.config, arch=arch)
+            _check_split(f"stages[{i}].{stage.kind}", stage.config, arch=arch)
         if stage.deploy is not None and stage.deploy.engine is Engine.VLLM:
             _check_vllm(f"stages[{i}].compute.gpusPerNode", stage, exported=seen[stage.deploy.from_.model], seen=seen)
         seen[stage.name] = stage
@@ -61,7 +61,7 @@ def reference_rules() -> Iterator[JsonSchema]:
 def _of_readers(otherwise: str, *, evaluate: str, others: str) -> str:
     """CEL that picks, for a stage ``s`` that reads a checkpoint, a value by its kind."""
     chosen = otherwise
-    for kind in _FINETUNING:
+    for kind in _STARTING:
         chosen = f"has(s.{kind}){_only_if_set(kind, others)} ? s.{kind}.{others} : {chosen}"
     return f"(has(s.evaluate) ? {evaluate} : {chosen})"
 
@@ -78,7 +78,7 @@ def _split_rule(dimension: str, *, by: str) -> JsonSchema:
     divides = f"{cel_dimension(dimension, model='t.pretrain.model')} % {by} == 0"
     return rule(
         f"self.stages.all(s, self.stages.all(t, t.name != {source} || !has(t.pretrain) || {divides}))",
-        f"the ranks that share the model of an evaluate, {' or '.join(_FINETUNING)} stage must divide its {dimension}: "
+        f"the ranks that share the model of an evaluate, {' or '.join(_STARTING)} stage must divide its {dimension}: "
         "choose another compute.ranksPerNode or parallelism",
     )
 
@@ -129,7 +129,7 @@ def _input_rules() -> Iterator[JsonSchema]:
             )
 
 
-def _check_finetune(field: str, config: Finetune, *, arch: Architecture | None) -> None:
+def _check_split(field: str, config: StartsFromModel, *, arch: Architecture | None) -> None:
     if arch is None:
         return
     try:

@@ -16,7 +16,7 @@ from headrace_api.compute import Compute
 from headrace_api.plain_yaml import dotted
 from headrace_api.references import MAX_STAGES, check_references, reference_rules
 from headrace_api.stage import Stage
-from headrace_api.stages import KINDS, Finetune, OfflineFinetune
+from headrace_api.stages import KINDS, OfflineFinetune, StartsFromModel
 from headrace_api.stages.data import cel_sources_absolute, cel_validation_absolute
 from headrace_api.storage import NO_STORAGE, RELATIVE, SecretRef, Storage, cel_is_absolute, is_absolute
 
@@ -63,7 +63,7 @@ class RunSpec(Spec):
                 f"{kind}.data.sources.uri {RELATIVE}",
             )
             for kind, config in KINDS.items()
-            if issubclass(config, Finetune)
+            if issubclass(config, StartsFromModel)
         ),
         *(
             rule(
@@ -78,13 +78,18 @@ class RunSpec(Spec):
             f"s.evaluate.exactMatch.all(q, {cel_is_absolute('q.uri')}))",
             f"evaluate.exactMatch.uri {RELATIVE}",
         ),
+        rule(
+            "self.stages.all(s, !has(s.constitutional) || !has(s.constitutional.constitution.uri) || "
+            f"{cel_is_absolute('s.constitutional.constitution.uri')})",
+            f"constitutional.constitution.uri {RELATIVE}",
+        ),
         *(
             rule(
                 f"self.stages.all(s, !has(s.{kind}) || !has(s.{kind}.base) || {cel_is_absolute(f's.{kind}.base.uri')})",
                 f"{kind}.base.uri {RELATIVE}",
             )
             for kind, config in KINDS.items()
-            if issubclass(config, Finetune)
+            if issubclass(config, StartsFromModel)
         ),
         *reference_rules(),
     )

@@ -10,6 +10,7 @@ from headrace_api.compute import Compute, cel_world
 from headrace_api.parallelism import layout, split_model
 from headrace_api.stages import (
     KINDS,
+    Constitutional,
     Corpus,
     Deploy,
     Dpo,
@@ -22,6 +23,7 @@ from headrace_api.stages import (
     Sft,
     Shards,
     StageConfig,
+    StartsFromModel,
     Tokenizer,
     Training,
 )
@@ -39,12 +41,13 @@ PartName = Annotated[
 _WORLD = cel_world("self")
 _ONE_BLOCK = f"a stage has exactly one typed block of {', '.join(KINDS)}"
 _TRAINING = [kind for kind, config in KINDS.items() if issubclass(config, Training)]
-_TRAINS = " || ".join(f"has(self.{kind})" for kind in _TRAINING)
+_ON_A_MESH = [kind for kind, config in KINDS.items() if issubclass(config, Training | StartsFromModel)]
+_IS_ON_A_MESH = " || ".join(f"has(self.{kind})" for kind in _ON_A_MESH)
 _SEVERAL_RANKS = [kind for kind, config in KINDS.items() if config.RUNS_AS is not RunsAs.TASKS]
 
 
 def _gang_rules(kind: str) -> Iterator[JsonSchema]:
-    """How the ranks of a stage that trains must fit its layout and its batches."""
+    """How the ranks of a stage must fit its layout and, where it trains, its batches."""
     block = f"self.{kind}"
     replica = f"({block}.parallelism.tensor * {block}.parallelism.pipeline)"
     per_pass = f"({block}.microBatchSize * ({_WORLD} / {replica}))"
@@ -52,10 +55,11 @@ def _gang_rules(kind: str) -> Iterator[JsonSchema]:
         f"!has({block}) || {_WORLD} % {replica} == 0",
         f"{kind}.parallelism.tensor x pipeline must divide the ranks of the gang, compute.nodes x compute.ranksPerNode",
     )
-    yield rule(
-        f"!has({block}) || {_WORLD} % {replica} != 0 || {block}.globalBatchSize % {per_pass} == 0",
-        f"{kind}.globalBatchSize must be a multiple of microBatchSize x data ranks (ranks / tensor / pipeline)",
-    )
+    if kind in _TRAINING:
+        yield rule(
+            f"!has({block}) || {_WORLD} % {replica} != 0 || {block}.globalBatchSize % {per_pass} == 0",
+            f"{kind}.globalBatchSize must be a multiple of microBatchSize x data ranks (ranks / tensor / pipeline)",
+        )
     yield rule(
         f"!has({block}) || {block}.precision != 'fp8' || self.compute.gpusPerNode > 0",
         f"{kind}.precision fp8 needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16",
@@ -68,14 +72,14 @@ class Stage(Spec):
     model_config = api_rules(
         rule(" + ".join(f"(has(self.{kind}) ? 1 : 0)" for kind in KINDS) + " == 1", _ONE_BLOCK),
         rule(
-            f"{_TRAINS} || self.compute.nodes == 1",
-            f"compute.nodes must be 1: only {' and '.join(_TRAINING)} run on several",
+            f"{_IS_ON_A_MESH} || self.compute.nodes == 1",
+            f"compute.nodes must be 1: only {' and '.join(_ON_A_MESH)} run on several",
         ),
         rule(
             f"{' || '.join(f'has(self.{kind})' for kind in _SEVERAL_RANKS)} || {_WORLD} <= self.compute.nodes",
             f"compute.ranksPerNode must be 1: only {', '.join(_SEVERAL_RANKS)} have several; leave out gpusPerNode too",
         ),
-        *(rule for kind in _TRAINING for rule in _gang_rules(kind)),
+        *(rule for kind in _ON_A_MESH for rule in _gang_rules(kind)),
     )
 
     name: PartName
@@ -98,6 +102,8 @@ class Stage(Spec):
     """rl trains a model on its own answers to prompts, by what they are rewarded with."""
     dpo: Dpo | None = None
     """dpo trains a model on pairs of answers, of which one is preferred."""
+    constitutional: Constitutional | None = None
+    """constitutional lets a model criticize and revise its answers, or choose between them, and writes records of that."""
     evaluate: Evaluate | None = None
     """evaluate measures a model."""
     export: Export | None = None
@@ -132,9 +138,9 @@ class Stage(Spec):
 
     @model_validator(mode="after")
     def _gang_fits(self) -> Self:
-        if self.training is not None:
+        if isinstance(self.config, Training | StartsFromModel):
             try:
-                self._check_training(self.training)
+                self._check_mesh(self.config)
             except FieldError as error:
                 raise FieldError(f"{self.kind}.{error.field}", error.value, error.remedy) from error
         elif self.compute.nodes > 1:
@@ -144,18 +150,23 @@ class Stage(Spec):
             raise FieldError(f"compute.{self.compute.ranks_field}", self.compute.ranks, remedy)
         return self
 
-    def _check_training(self, training: Training) -> None:
+    def _check_mesh(self, config: Training | StartsFromModel) -> None:
         if self.pretrain is not None:
             split_model(self.pretrain.parallelism, self.pretrain.model.architecture)
-        ranks = layout(training.parallelism, num_ranks=self.compute.world)
-        per_pass = training.micro_batch_size * ranks.data
-        if training.global_batch_size % per_pass:
-            raise FieldError(
-                "globalBatchSize",
-                training.global_batch_size,
-                f"must be a multiple of microBatchSize x data ranks, {training.micro_batch_size} x {ranks.data} = {per_pass}",
-            )
-        if training.precision == "fp8" and self.compute.gpus_per_node == 0:
+        ranks = layout(config.parallelism, num_ranks=self.compute.world)
+        if isinstance(config, Training):
+            _check_batches(config, num_replicas=ranks.data)
+        if config.precision == "fp8" and self.compute.gpus_per_node == 0:
             raise FieldError(
                 "precision", "fp8", "needs GPUs with Transformer Engine; set compute.gpusPerNode, or use bf16"
             )
+
+
+def _check_batches(training: Training, *, num_replicas: int) -> None:
+    per_pass = training.micro_batch_size * num_replicas
+    if training.global_batch_size % per_pass:
+        raise FieldError(
+            "globalBatchSize",
+            training.global_batch_size,
+            f"must be a multiple of microBatchSize x data ranks, {training.micro_batch_size} x {num_replicas} = {per_pass}",
+        )

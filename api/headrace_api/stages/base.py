@@ -23,6 +23,8 @@ class ArtifactKind(StrEnum):
     """A Megatron torch_dist checkpoint of a model, with its architecture and tokenizer."""
     REWARD = "reward"
     """A Megatron torch_dist checkpoint of a model with a scalar head, with its architecture and tokenizer."""
+    RECORDS = "records"
+    """Records to train on: JSON lines, with the transcripts that they come from."""
     EVALUATION = "evaluation"
     """Scores, with the report that explains them."""
     HUGGINGFACE = "huggingface"

@@ -70,6 +70,10 @@ class Records(Spec):
 class Data(Records):
     """The records that a stage is trained on, and those that it is measured on."""
 
+    sources: list[DataSource] = Field(default_factory=list, max_length=64)
+    """sources are the places where the records are; each has records of one shape. There may be none where from.records names a stage that wrote records."""
+    records_weight: float | None = Field(None, gt=0, le=100)
+    """recordsWeight is how often an epoch takes each record of from.records, as a source's weight; 1 if unset."""
     validation: ValidationData | None = None
     """validation holds records that are measured and never trained on; none if unset."""
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from headrace_api.base import FieldError, api_rules, rule
 from headrace_api.stages.base import ArtifactKind
-from headrace_api.stages.finetune import ORIGIN_RULE, OfflineFinetune
+from headrace_api.stages.finetune import OFFLINE_RULES, OfflineFinetune
 from headrace_api.stages.training import Schedule
 
 
@@ -34,7 +34,7 @@ class Dpo(OfflineFinetune):
     """Direct preference optimization: train on pairs of a chosen and a rejected answer, held to the model that it starts from."""
 
     model_config = api_rules(
-        ORIGIN_RULE,
+        *OFFLINE_RULES,
         rule(
             f"double(self.labelSmoothing) == 0.0 || self.loss in {[*_SMOOTHED]}",
             f"labelSmoothing {_ONLY_SMOOTHED}",

@@ -5,11 +5,12 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from headrace_api.base import FieldError, Part, Spec, StoredUri, api_rules, rule
+from headrace_api.base import FieldError, JsonSchema, Part, Spec, StoredUri, api_rules, rule
 from headrace_api.model import Architecture
-from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageName
+from headrace_api.parallelism import Parallelism
+from headrace_api.stages.base import ArtifactKind, Inputs, RunsAs, StageConfig, StageName
 from headrace_api.stages.data import Data, Records
-from headrace_api.stages.training import Schedule, Training
+from headrace_api.stages.training import Precision, Schedule, Training
 
 
 class ModelInputs(Inputs):
@@ -93,8 +94,8 @@ ORIGIN_RULE = rule("(has(self.from) && has(self.from.model)) != has(self.base)",
 """Of every stage here; a class with rules of its own repeats it."""
 
 
-class Finetune(Training):
-    """A stage that trains a model further, on records."""
+class StartsFromModel(StageConfig):
+    """A stage that starts from a model and reads records, on a mesh."""
 
     model_config = api_rules(ORIGIN_RULE)
 
@@ -106,22 +107,18 @@ class Finetune(Training):
     """base is a model to start from that was trained elsewhere."""
     data: Records
     """data is the records."""
-    epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
-    """epochs is how often each record is read; the number of steps is the samples of all epochs over globalBatchSize, rounded up."""
-    adapter: Adapter | None = None
-    """adapter trains a small addition to the model, which itself stays as it is; if unset, every weight is trained. The stage leaves both the model with the addition merged into it and the adapter alone. A new scalar head is always trained."""
     sequence_length: int = Field(1024, ge=8, le=2**24)
     """sequenceLength is the number of tokens in a sample; longer documents are cut to it, and counted."""
-    global_batch_size: int = Field(16, ge=1, le=2**24)
-    """globalBatchSize is the number of samples in a step, over all ranks."""
     chat_template: str | None = Field(None, max_length=65_536)
     """chatTemplate is the Jinja template of conversations, with {% generation %} around what the assistant says; if unset, the tokenizer's own, or ChatML where it has none."""
-    schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=2e-5))
-    """schedule is the learning rate over the run; learningRate is 2e-5 if the block is left out."""
+    precision: Precision = Precision.BF16
+    """precision is the number format of matrix multiplications; fp8 needs a GPU with Transformer Engine."""
+    parallelism: Annotated[Parallelism, Part.EXECUTION] = Field(default_factory=Parallelism)
+    """parallelism is how one replica is split over ranks; the remaining ranks are data parallel."""
 
     @property
     def model_stage(self) -> str | None:
-        """The stage whose model is trained further; None for one that was trained elsewhere."""
+        """The stage whose model the stage starts from; None for one that was trained elsewhere."""
         return self.from_.model if self.from_ is not None else None
 
     @model_validator(mode="after")
@@ -131,10 +128,62 @@ class Finetune(Training):
         return self
 
 
+class Finetune(StartsFromModel, Training):
+    """A stage that trains a model further, on records."""
+
+    model_config = api_rules(ORIGIN_RULE)
+
+    epochs: Annotated[float, Part.EXTENT] = Field(1.0, gt=0, le=10_000)
+    """epochs is how often each record is read; the number of steps is the samples of all epochs over globalBatchSize, rounded up."""
+    adapter: Adapter | None = None
+    """adapter trains a small addition to the model, which itself stays as it is; if unset, every weight is trained. The stage leaves both the model with the addition merged into it and the adapter alone. A new scalar head is always trained."""
+    global_batch_size: int = Field(16, ge=1, le=2**24)
+    """globalBatchSize is the number of samples in a step, over all ranks."""
+    schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=2e-5))
+    """schedule is the learning rate over the run; learningRate is 2e-5 if the block is left out."""
+
+
+class OfflineInputs(ModelInputs):
+    """What the stage starts from, and records that an earlier stage wrote."""
+
+    ACCEPTS: ClassVar[dict[str, ArtifactKind]] = ModelInputs.ACCEPTS | {"records": ArtifactKind.RECORDS}
+
+    records: StageName | None = None
+    """records names a stage that wrote records, which are read besides those of data."""
+
+
+_NO_RECORDS = "lists none, and from.records is not set: name at least one source, or a stage that wrote records"
+_NO_WEIGHT = "is of from.records; leave it out, or name a stage that wrote records"
+_HAS_RECORDS = "(has(self.from) && has(self.from.records))"
+OFFLINE_RULES: tuple[JsonSchema, ...] = (
+    ORIGIN_RULE,
+    rule(f"size(self.data.sources) > 0 || {_HAS_RECORDS}", f"data.sources {_NO_RECORDS}"),
+    rule(f"!has(self.data.recordsWeight) || {_HAS_RECORDS}", f"data.recordsWeight {_NO_WEIGHT}"),
+)
+"""Of every stage below; a class with rules of its own repeats them."""
+
+
 class OfflineFinetune(Finetune):
     """A stage that trains on what its records hold, not on answers that the model draws meanwhile."""
 
-    data: Data
+    model_config = api_rules(*OFFLINE_RULES)
+
+    from_: OfflineInputs | None = Field(None, alias="from")
+    """from names the model to start from, and records that an earlier stage wrote."""
+    data: Data = Field(default_factory=Data)
     """data is the records that are trained on, and those that are measured."""
     packing: bool = False
     """packing lays several documents, or pairs, in one sample, each attending only to itself; without it a sample is one."""
+
+    @property
+    def records_stage(self) -> str | None:
+        """The stage that wrote some of the records."""
+        return self.from_.records if self.from_ is not None else None
+
+    @model_validator(mode="after")
+    def _has_records(self) -> Self:
+        if self.records_stage is None and not self.data.sources:
+            raise FieldError("data.sources", None, _NO_RECORDS)
+        if self.records_stage is None and self.data.records_weight is not None:
+            raise FieldError("data.recordsWeight", self.data.records_weight, _NO_WEIGHT)
+        return self

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from headrace_api.stages.rl import RuleReward
+from headrace_api.stages.rules import RuleReward
 from headrace_trainer.errors import UserError
-from headrace_trainer.stages.rl.rules import Verdict, check_columns, check_rule, code_in, judge, last_number
-from headrace_trainer.stages.rl.sandbox import Ended, Limits, passes
+from headrace_trainer.rules.judging import Verdict, check_columns, check_rule, code_in, judge, last_number
+from headrace_trainer.rules.sandbox import Ended, Limits, passes
 
 LIMITS = Limits(seconds=1, memory=256 * 2**20)
 SCHEMA = (
@@ -88,7 +88,7 @@ def test_a_rule_that_never_returns_is_counted_and_ends(block: dict[str, Any]) ->
 )
 def test_records_that_a_rule_cannot_use_are_refused(block: dict[str, Any], columns: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match="prompt 3") as refused:
-        check_columns(rule(**block), columns, place="prompt 3")
+        check_columns(rule(**block), columns, place="prompt 3", field="rl.rewards")
     assert said in str(refused.value)
 
 
@@ -105,7 +105,7 @@ def test_records_that_a_rule_cannot_use_are_refused(block: dict[str, Any], colum
 )
 def test_a_schema_that_cannot_be_checked_is_refused(schema: str, said: str) -> None:
     with pytest.raises(UserError) as refused:
-        check_rule(rule(jsonSchema={"schema": schema}))
+        check_rule(rule(jsonSchema={"schema": schema}), field="rl.rewards")
     assert said in str(refused.value)
 
 

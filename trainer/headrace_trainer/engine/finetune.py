@@ -14,7 +14,7 @@ from pathlib import Path
 from headrace_api.artifact import canonical_digest
 from headrace_api.model import padded_vocab
 from headrace_api.parallelism import layout
-from headrace_api.stages import Finetune
+from headrace_api.stages import Finetune, StartsFromModel
 from headrace_trainer.engine.adapter_files import write_adapter
 from headrace_trainer.engine.assembly import final_metrics, leave_model
 from headrace_trainer.engine.batches import Samples
@@ -28,10 +28,10 @@ from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat import Encoder, with_chat_template
 from headrace_trainer.formats.chat.tokens import load
-from headrace_trainer.formats.dataset import Dataset, load_dataset
+from headrace_trainer.formats.dataset import Dataset, load_dataset, other_columns
 from headrace_trainer.formats.model_card import ADAPTER_FOLDER, TOKENIZER_FOLDER, ModelCard
 from headrace_trainer.formats.preview import preview
-from headrace_trainer.formats.records import Shape
+from headrace_trainer.formats.records import Record, Shape
 from headrace_trainer.formats.tokenizer import load_tokenizer
 from headrace_trainer.locks import locked
 from headrace_trainer.stage import StageContext, write_atomically
@@ -57,7 +57,7 @@ class Start:
             return canonical_digest([self.dataset.digest, self.origin.digest])
         return self.dataset.digest
 
-    def build(self, gang: Gang, config: Finetune, *, seed: int) -> MegatronModule:
+    def build(self, gang: Gang, config: StartsFromModel, *, seed: int) -> MegatronModule:
         """The model as it is before training, on this gang."""
         model = build_model(
             self.card.architecture,
@@ -116,7 +116,14 @@ def run_finetune(
         return leave_finetuned(ctx, loop, start) | measured
 
 
-def prepare(ctx: StageContext, config: Finetune, *, allowed: Collection[Shape], room: int = 0) -> Start:
+def prepare(
+    ctx: StageContext,
+    config: StartsFromModel,
+    *,
+    allowed: Collection[Shape],
+    room: int = 0,
+    note: Callable[[Record], bytes] = other_columns,
+) -> Start:
     """Read the model's card, complete its tokenizer, and encode the records; the node's ranks share the work.
 
     Args:
@@ -124,6 +131,7 @@ def prepare(ctx: StageContext, config: Finetune, *, allowed: Collection[Shape], 
         config: its typed block.
         allowed: the shapes of records that the stage takes.
         room: positions of the sequence length that a record must leave free, as a prompt for its answer.
+        note: what is kept of a record beside its tokens.
 
     Raises:
         UserError: the model, the records or the template cannot be used.
@@ -139,6 +147,7 @@ def prepare(ctx: StageContext, config: Finetune, *, allowed: Collection[Shape], 
             tokenizer.mkdir(parents=True)
             with_chat_template(origin.tokenizer, tokenizer, template=config.chat_template)
             encoder = Encoder(tokenizer, sequence_length=config.sequence_length - room)
+            earlier = ctx.input("records") if "records" in ctx.resolved.inputs else None
             dataset = load_dataset(
                 config.data,
                 name=f"{kind}.data",
@@ -146,6 +155,8 @@ def prepare(ctx: StageContext, config: Finetune, *, allowed: Collection[Shape], 
                 encoder=encoder,
                 storage=ctx.resolved.storage,
                 folder=folder,
+                earlier=earlier,
+                note=note,
                 stop_requested=ctx.stop_requested,
             )
             dataset.save(folder)

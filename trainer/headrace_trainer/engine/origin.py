@@ -1,4 +1,4 @@
-"""The model that a stage trains further: an earlier stage's artifact, or a Hugging Face folder.
+"""The model that a stage starts from: an earlier stage's artifact, or a Hugging Face folder.
 
 In: a ``StageContext``. Out: an ``Origin``, checked against the stage's layout and its samples before anything else is read.
 """
@@ -10,7 +10,7 @@ from typing import Protocol
 from headrace_api.base import FieldError
 from headrace_api.model import Architecture
 from headrace_api.parallelism import split_model
-from headrace_api.stages import Finetune
+from headrace_api.stages import StartsFromModel
 from headrace_trainer.engine.checkpoint.state import load_weights
 from headrace_trainer.engine.device.megatron import MegatronModule
 from headrace_trainer.engine.model.build import Head
@@ -89,11 +89,11 @@ def find_origin(ctx: StageContext) -> Origin:
     """The model that the stage starts from, on this node.
 
     Raises:
-        UserError: the model cannot be trained here, or not in this layout or with samples this long.
+        UserError: the model cannot be used here, or not in this layout or with samples this long.
         StorageError: the model is gone.
     """
     config = ctx.config
-    assert isinstance(config, Finetune)
+    assert isinstance(config, StartsFromModel)
     if config.base is None:
         folder = ctx.input("model")
         card = read_card(folder)
@@ -110,7 +110,7 @@ def find_origin(ctx: StageContext) -> Origin:
     return Pretrained(source=source, card=_card(source, config, uri=config.base.uri))
 
 
-def check_fit(config: Finetune, architecture: Architecture) -> None:
+def check_fit(config: StartsFromModel, architecture: Architecture) -> None:
     """Hold a stage against dimensions that only its model knows.
 
     Raises:
@@ -127,7 +127,7 @@ def check_fit(config: Finetune, architecture: Architecture) -> None:
         )
 
 
-def _card(source: PretrainedFolder, config: Finetune, *, uri: str) -> ModelCard:
+def _card(source: PretrainedFolder, config: StartsFromModel, *, uri: str) -> ModelCard:
     card = describe(
         source.architecture,
         vocab_size=source.vocab_size,

@@ -6,7 +6,7 @@ fixed: sources as listed, files by name, records as they stand.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ import numpy as np
 import orjson
 
 from headrace_api.run import Storage
-from headrace_api.stages.data import Data, Records, ValidationData
+from headrace_api.stages.data import Data, RecordFormat, Records, ValidationData
 from headrace_trainer import board
 from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.chat import Encoder
+from headrace_trainer.formats.files import StoredFile
 from headrace_trainer.formats.packs import Share, unit_length
 from headrace_trainer.formats.records import PromptRecord, Record, RecordSource, Shape, Tally, find_source, read_records
 from headrace_trainer.formats.units import Units, UnitWriter
 
+RECORDS_FILE = "records.jsonl"
+"""The file of a records artifact that is trained on."""
 _NOTE = "dataset.json"
 _ASK_EVERY = 1000
 """Records between two looks at whether to stop."""
@@ -84,6 +87,7 @@ class _Builder:
     allowed: Collection[Shape]
     max_bad_fraction: float
     stop_requested: Callable[[], bool]
+    note: Callable[[Record], bytes]
     sources: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, source: RecordSource, train: UnitWriter, validation: UnitWriter, *, held_back: float) -> _Kept:
@@ -105,7 +109,7 @@ class _Builder:
                 continue
             kept.tokens += unit_length(encoded.unit)
             kept.trained_tokens += sum(document.num_trained for document in encoded.unit)
-            note = _note(encoded.record)
+            note = self.note(encoded.record)
             if held_back and is_held_back(encoded.record, fraction=held_back):
                 validation.add(encoded.unit, note)
                 kept.validation += 1
@@ -123,6 +127,11 @@ class _Builder:
             raise Stopped("asked to stop while the records were read; they will be read again from the start")
 
 
+def other_columns(record: Record) -> bytes:
+    """What is known of a right answer to a prompt: the record's other columns, as JSON."""
+    return orjson.dumps(record.others, default=str) if isinstance(record, PromptRecord) else b""
+
+
 def load_dataset(
     data: Records,
     *,
@@ -131,6 +140,8 @@ def load_dataset(
     encoder: Encoder,
     storage: Storage,
     folder: Path,
+    earlier: Path | None = None,
+    note: Callable[[Record], bytes] = other_columns,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Dataset:
     """Read, render, tokenize and write every record.
@@ -142,6 +153,8 @@ def load_dataset(
         encoder: makes units of records.
         storage: names the S3 endpoint and region.
         folder: where the units are written, and files from S3 are put while they are read.
+        earlier: an artifact of records that an earlier stage wrote, which come after those of ``data``.
+        note: what is kept of a record beside its tokens.
         stop_requested: whether the stage has been asked to stop.
 
     Raises:
@@ -157,26 +170,35 @@ def load_dataset(
         allowed=allowed,
         max_bad_fraction=data.max_bad_fraction,
         stop_requested=stop_requested,
+        note=note,
     )
     held_out = data.validation if isinstance(data, Data) else None
     held_back = held_out.fraction or 0.0 if held_out is not None else 0.0
     shares: list[Share] = []
     with UnitWriter(folder / "train") as train, UnitWriter(folder / "validation") as validation:
-        for i, source in enumerate(data.sources):
-            field = f"{name}.sources[{i}].uri"
-            found = find_source(source.uri, storage, field=field, format=source.format)
+        for found, weight in _sources(data, storage, name=name, earlier=earlier):
             first = len(train)
             builder.read(found, train, validation, held_back=held_back)
-            shares.append(Share(first=first, count=len(train) - first, weight=source.weight))
+            shares.append(Share(first=first, count=len(train) - first, weight=weight))
         if held_out is not None and held_out.uri is not None:
             found = find_source(held_out.uri, storage, field=f"{name}.validation.uri", format=held_out.format)
             builder.read(found, train, validation, held_back=1.0)
     return _dataset(held_out, folder, tuple(shares), name=name, sources=builder.sources)
 
 
-def _note(record: Record) -> bytes:
-    """What is known of a right answer to a prompt: the record's other columns, as JSON."""
-    return orjson.dumps(record.others, default=str) if isinstance(record, PromptRecord) else b""
+def _sources(
+    data: Records, storage: Storage, *, name: str, earlier: Path | None
+) -> Iterator[tuple[RecordSource, float]]:
+    """Where records are, and how often an epoch takes each."""
+    for i, source in enumerate(data.sources):
+        field = f"{name}.sources[{i}].uri"
+        yield find_source(source.uri, storage, field=field, format=source.format), source.weight
+    if earlier is not None:
+        assert isinstance(data, Data), "only these take records of an earlier stage"
+        file = StoredFile(root=str(earlier), key=RECORDS_FILE, bytes=(earlier / RECORDS_FILE).stat().st_size)
+        field = f"{name.partition('.')[0]}.from.records"
+        files = ((file, RecordFormat.JSONL),)
+        yield RecordSource(name=field, files=files, left_out=()), data.records_weight or 1.0
 
 
 def is_held_back(record: Record, *, fraction: float) -> bool:

@@ -1,4 +1,4 @@
-"""The rl stage: ``rollouts`` draws answers and makes experience of them, ``judges`` and ``rules`` reward them, ``rails``
+"""The rl stage: ``rollouts`` draws answers and makes experience of them, ``judges`` reward them, ``rails``
 says what went too far, ``stage`` builds the parts; the engine's ``loop`` goes through the steps."""
 
 from typing import TYPE_CHECKING

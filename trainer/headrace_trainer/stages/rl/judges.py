@@ -11,12 +11,12 @@ import numpy as np
 import orjson
 import torch
 
-from headrace_api.stages.rl import RuleReward
+from headrace_api.stages.rules import RuleReward
 from headrace_trainer import board
 from headrace_trainer.engine.packed import PackedBatch
+from headrace_trainer.rules import Verdict, judge
 from headrace_trainer.stages.rl.answers import Answer
 from headrace_trainer.stages.rl.passes import over_answers
-from headrace_trainer.stages.rl.rules import Verdict, judge
 
 
 class Judge(Protocol):

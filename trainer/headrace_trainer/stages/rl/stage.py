@@ -28,11 +28,11 @@ from headrace_trainer.formats.model_card import CHECKPOINT_FOLDER, TOKENIZER_FOL
 from headrace_trainer.formats.packs import Packing, PackOrder
 from headrace_trainer.formats.records import PROMPT_SHAPES
 from headrace_trainer.formats.units import Units
+from headrace_trainer.rules import check_columns, check_rule
 from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.rl.answers import Answer
 from headrace_trainer.stages.rl.judges import Judge, ModelJudge, RuleJudge
 from headrace_trainer.stages.rl.rollouts import Parts, Rollouts
-from headrace_trainer.stages.rl.rules import check_columns, check_rule
 
 ANSWERS_FILE = "answers.md"
 _SHOWN = 10
@@ -66,9 +66,9 @@ def check_rewards(config: Rl, prompts: Units) -> None:
         UserError: which, and why.
     """
     for rule in (reward.rule for reward in config.rewards if reward.rule is not None):
-        check_rule(rule)
+        check_rule(rule, field="rl.rewards")
         for number in range(len(prompts)):
-            check_columns(rule, orjson.loads(prompts.note(number)), place=f"prompt {number}")
+            check_columns(rule, orjson.loads(prompts.note(number)), place=f"prompt {number}", field="rl.rewards")
 
 
 def build_rl(ctx: StageContext, gang: Gang, start: Start) -> Loop:

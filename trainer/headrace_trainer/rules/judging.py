@@ -1,4 +1,4 @@
-"""Rules that reward an answer by what is known of a right one. No engine, no model.
+"""Rules on an answer's text. No engine, no model.
 
 In: an answer's text and the record of its prompt. Out: 1 or 0, or that the rule did not come to an end. Time is counted in
 processor time, so that a loaded machine does not change a reward.
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from headrace_api.stages.rl import ExactMatch, JsonSchema, Numeric, PythonTests, Regex, RuleReward
+from headrace_api.stages.rules import ExactMatch, JsonSchema, Numeric, PythonTests, Regex, RuleReward
 from headrace_trainer.errors import UserError
-from headrace_trainer.stages.rl.sandbox import Limits, passes
+from headrace_trainer.rules.sandbox import Limits, passes
 
 Columns = Mapping[str, Any]
 """What a prompt's record holds besides the prompt."""
@@ -60,8 +60,14 @@ def judge(rule: RuleReward, answer: str, columns: Columns) -> Verdict:
         return Verdict(score=0.0)
 
 
-def check_columns(rule: RuleReward, columns: Columns, *, place: str) -> None:
+def check_columns(rule: RuleReward, columns: Columns, *, place: str, field: str) -> None:
     """Refuse a record that the rule cannot use.
+
+    Args:
+        rule: exactly one kind of it.
+        columns: of the prompt's record.
+        place: what people call the record.
+        field: what the manifest calls the rule, as ``rl.rewards``.
 
     Raises:
         UserError: a column is missing, or holds no number where one is needed.
@@ -71,20 +77,24 @@ def check_columns(rule: RuleReward, columns: Columns, *, place: str) -> None:
     if column is not None and columns.get(column) is None:
         there = ", ".join(sorted(name for name, value in columns.items() if value is not None)) or "nothing"
         raise UserError(
-            f"rl.rewards: {rule.kind}: {place} has no column {column!r}, only {there}: add it, or set {rule.kind}.column"
+            f"{field}: {rule.kind}: {place} has no column {column!r}, only {there}: add it, or set {rule.kind}.column"
         )
     if isinstance(block, Numeric) and last_number(str(columns[block.column])) is None:
-        raise UserError(f"rl.rewards: numeric: {place}: {block.column!r} is {columns[block.column]!r}: write a number")
+        raise UserError(f"{field}: numeric: {place}: {block.column!r} is {columns[block.column]!r}: write a number")
 
 
-def check_rule(rule: RuleReward) -> None:
+def check_rule(rule: RuleReward, *, field: str) -> None:
     """Refuse a schema that is none.
+
+    Args:
+        rule: exactly one kind of it.
+        field: what the manifest calls it.
 
     Raises:
         UserError: where, and why.
     """
     if isinstance(rule.block, JsonSchema):
-        _check_schema(rule.block.parsed)
+        _check_schema(rule.block.parsed, field=f"{field}: jsonSchema")
 
 
 def _holds(block: ExactMatch | Numeric | Regex | JsonSchema, answer: str, columns: Columns) -> bool:
@@ -137,7 +147,7 @@ def conforms(value: Any, schema: Any) -> bool:
     return bool(Draft202012Validator(schema, registry=Registry()).is_valid(value))
 
 
-def _check_schema(schema: Any) -> None:
+def _check_schema(schema: Any, *, field: str) -> None:
     from jsonschema import Draft202012Validator, SchemaError
     from referencing import Registry
     from referencing.exceptions import Unresolvable
@@ -146,14 +156,14 @@ def _check_schema(schema: Any) -> None:
     try:
         Draft202012Validator.check_schema(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
     except SchemaError as error:
-        raise UserError(f"rl.rewards: jsonSchema: {error.json_path}: {error.message}") from error
+        raise UserError(f"{field}: {error.json_path}: {error.message}") from error
     resolver = Registry().resolver_with_root(DRAFT202012.create_resource(schema))
     for reference in _references(schema):
         try:
             resolver.lookup(reference)
         except Unresolvable as error:
             raise UserError(
-                f"rl.rewards: jsonSchema: $ref: {reference!r}: not found in the schema, and nothing is fetched: put it "
+                f"{field}: $ref: {reference!r}: not found in the schema, and nothing is fetched: put it "
                 "under $defs"
             ) from error
 
