@@ -132,10 +132,12 @@ def _share(count: Count | None) -> str:
 def logged(row: Row) -> Iterator[str]:
     """A transcript as lines for the log; what a model wrote cannot move a terminal's cursor."""
     for heading, text in parts_of(row):
-        shown = json.dumps(
-            text if len(text) <= _LOGGED_CHARACTERS else f"{text[:_LOGGED_CHARACTERS]}...", ensure_ascii=False
-        )
-        yield f"prompt {row['number']}: {heading}: {shown}"
+        shown = text if len(text) <= _LOGGED_CHARACTERS else f"{text[:_LOGGED_CHARACTERS]}..."
+        yield f"prompt {row['number']}: {heading}: {_harmless(shown)}"
+
+
+def _harmless(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text.replace("\n", " "))
 
 
 def logged_totals(totals: Totals) -> Iterator[str]:
