@@ -176,6 +176,8 @@ def _print_results(finished: TrainingRun) -> None:
         # Only a base model's history is of text, and has a curve beside the unigram baseline.
         if uri is not None and stage.evaluate is not None and kinds[stage.evaluate.from_.model] == "pretrain":
             out.print(f"Loss curve  {uri}/loss_curve.png", soft_wrap=True)
+        if uri is not None and stage.constitutional is not None:
+            out.print(f"Samples     {uri}/samples.html", soft_wrap=True)
         if uri is not None and stage.kind == "export":
             out.print(f"Model       {uri}", soft_wrap=True)
         if status.endpoint is not None:

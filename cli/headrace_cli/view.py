@@ -28,6 +28,8 @@ _FIGURES = {
     "held-out loss": ("validationLoss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "margin": ("margin", "{:.3f}"),
+    "violations before": ("violationsBefore", "{:.1%}"),
+    "violations after": ("violationsAfter", "{:.1%}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
 }

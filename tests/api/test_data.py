@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from headrace_api import crd
-from headrace_api.stages.data import Data, RecordFormat, cel_sources_absolute, cel_validation_absolute
+from headrace_api.stages.data import Data, RecordFormat, Records, cel_sources_absolute, cel_validation_absolute
 
 SOURCES = [{"uri": "s3://bucket/chat"}]
 
@@ -36,7 +36,6 @@ def test_every_field_is_read():
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
-        ({"sources": []}, "sources"),
         ({"sources": SOURCES * 65}, "sources"),
         ({"sources": [{"uri": ""}]}, "uri"),
         ({"sources": [{"uri": "https://host/a.jsonl"}]}, "only S3 and directories can be read"),
@@ -58,6 +57,12 @@ def test_a_bad_block_is_refused_by_its_field(block, expected):
     with pytest.raises(ValidationError) as caught:
         Data.model_validate(block)
     assert expected in str(caught.value)
+
+
+def test_only_a_stage_that_may_read_an_earlier_ones_records_may_have_no_sources():
+    assert Data.model_validate({}).sources == []
+    with pytest.raises(ValidationError, match="sources"):
+        Records.model_validate({"sources": []})
 
 
 def test_the_api_server_is_told_every_bound_and_dependency():

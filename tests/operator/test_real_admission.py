@@ -36,25 +36,38 @@ RUNTIME: Json = {
 COUNT = 2_500
 NOTHING: Any = object()
 
-_SHARED = "the ranks that share the model of an evaluate, sft or reward or rl or dpo stage must divide its"
+_SHARED = (
+    "the ranks that share the model of an evaluate, sft or reward or rl or dpo or constitutional stage must divide its"
+)
 _RECORDS: Json = {"sources": [{"uri": "/records"}]}
 _TUNED: Json = {"from": {"model": "base"}, "data": _RECORDS}
 _RULE: Json = {"rule": {"numeric": {}}}
+_PRINCIPLE: Json = {
+    "name": "kind",
+    "critiqueRequest": "Is it unkind?",
+    "revisionRequest": "Make it kind.",
+    "comparisonQuestion": "Which is kinder?",
+}
+_CONSTITUTION: Json = {"version": "1", "principles": [_PRINCIPLE]}
+_NEEDED: dict[str, Json] = {"rl": {"rewards": [_RULE]}, "constitutional": {"constitution": _CONSTITUTION}}
+"""What a kind needs besides a model and records."""
 
 
-def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
-    """The cases of a stage that trains a model further."""
+def _tuned(kind: str, compute: Json | None = None, **fields: Json) -> Json:
+    return {"stages.tuned": {"compute": compute or {}, kind: {**_TUNED, **_NEEDED.get(kind, {}), **fields}}}
 
-    needed: Json = {"rewards": [_RULE]} if kind == "rl" else {}
+
+def _starting(kind: str) -> dict[tuple[str, str], Json]:
+    """The cases of a stage that starts from a model and reads records."""
 
     def tuned(compute: Json | None = None, **fields: Json) -> Json:
-        return {"stages.tuned": {"compute": compute or {}, kind: {**_TUNED, **needed, **fields}}}
+        return _tuned(kind, compute, **fields)
 
     def data(**fields: Json) -> Json:
         return tuned(data={**_RECORDS, **fields})
 
     def based(uri: str) -> Json:
-        return {"stages.tuned": {kind: {"base": {"uri": uri}, "data": _RECORDS, **needed}}}
+        return {"stages.tuned": {kind: {"base": {"uri": uri}, "data": _RECORDS, **_NEEDED.get(kind, {})}}}
 
     place = f"spec.stages[].{kind}"
     return {
@@ -64,11 +77,22 @@ def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
         ("spec", f"{kind}.data.sources.uri is relative"): data(sources=[{"uri": "records.jsonl"}]),
         ("spec", f"{kind}.from.model must name"): tuned(**{"from": {"model": "tokens"}}),
         ("spec.stages[]", f"{kind}.parallelism.tensor x"): tuned({"ranksPerNode": 3}, parallelism={"tensor": 2}),
-        ("spec.stages[]", f"{kind}.globalBatchSize must"): tuned(microBatchSize=3),
         ("spec.stages[]", f"{kind}.precision fp8"): tuned(precision="fp8"),
+        (f"{place}.data.sources[].uri", "only S3"): data(sources=[{"uri": "gs://bucket/records"}]),
+    }
+
+
+def _fine_tuning(kind: str) -> dict[tuple[str, str], Json]:
+    """The cases of a stage that trains a model further."""
+
+    def tuned(**fields: Json) -> Json:
+        return _tuned(kind, **fields)
+
+    place = f"spec.stages[].{kind}"
+    return _starting(kind) | {
+        ("spec.stages[]", f"{kind}.globalBatchSize must"): tuned(microBatchSize=3),
         (f"{place}.schedule", "minLearningRate must"): tuned(schedule={"minLearningRate": 1}),
         (f"{place}.checkpoint.every", "must be above 0"): tuned(checkpoint={"every": "0s"}),
-        (f"{place}.data.sources[].uri", "only S3"): data(sources=[{"uri": "gs://bucket/records"}]),
         (f"{place}.adapter.lora.targets", "names a matrix twice"): tuned(adapter={"lora": {"targets": ["qkv", "qkv"]}}),
     }
 
@@ -85,6 +109,9 @@ def _offline(kind: str) -> dict[tuple[str, str], Json]:
         (place, "set either uri"): held_out(uri="/records", fraction=0.1),
         (place, "format is of"): held_out(fraction=0.1, format="jsonl"),
         (f"{place}.uri", "only S3"): held_out(uri="gs://bucket/records"),
+        ("spec", f"{kind}.from.records must name"): _tuned(kind, **{"from": {"model": "base", "records": "base"}}),
+        (f"spec.stages[].{kind}", "data.sources lists none"): _tuned(kind, data={}),
+        (f"spec.stages[].{kind}", "data.recordsWeight is of"): _tuned(kind, data={**_RECORDS, "recordsWeight": 2}),
     }
 
 
@@ -111,6 +138,49 @@ def _rl() -> dict[tuple[str, str], Json]:
         (f"{place}.rewards[].rule.pythonTests.memory", "must be at least"): tests("1Mi"),
         (f"{place}.rewards[].rule.pythonTests.memory", "must be at most"): tests("2Ti"),
         (f"{place}.kl", "target adapts a coefficient"): rl(kl={"target": 6}),
+    }
+
+
+def _constitutional() -> dict[tuple[str, str], Json]:
+    """The cases of Constitutional AI."""
+
+    def cai(**fields: Json) -> Json:
+        return _tuned("constitutional", **fields)
+
+    def constitution(**fields: Json) -> Json:
+        return cai(constitution={**_CONSTITUTION, **fields})
+
+    def by_rule(**rule: Json) -> Json:
+        return constitution(principles=[{**_PRINCIPLE, "rule": rule}])
+
+    critic: Json = {"endpoint": {"url": "https://host/v1", "model": "judge"}}
+    place = "spec.stages[].constitutional"
+    rule = f"{place}.constitution.principles[].rule"
+    both: Json = {"numeric": {}, "exactMatch": {}}
+
+    def sides(side: str) -> dict[tuple[str, str], Json]:
+        tests, memory = {"pythonTests": {"memory": "1Mi"}}, {"pythonTests": {"memory": "2Ti"}}
+        return {
+            (f"{rule}.{side}", "set exactly one of"): by_rule(**{side: both}),
+            (f"{rule}.{side}.pythonTests.memory", "must be at least"): by_rule(**{side: tests}),
+            (f"{rule}.{side}.pythonTests.memory", "must be at most"): by_rule(**{side: memory}),
+        }
+
+    return _starting("constitutional") | {
+        ("spec", "constitutional.constitution.uri is relative"): cai(constitution={"uri": "principles.yaml"}),
+        ("spec", "constitutional.from.critic must name"): cai(**{"from": {"model": "base", "critic": "tokens"}}),
+        (place, "maxNewTokens must be below"): cai(maxNewTokens=1024),
+        (place, "critic.maxNewTokens must be below"): cai(critic={"maxNewTokens": 1024}),
+        (place, "critic.endpoint: set either"): cai(critic=critic, **{"from": {"model": "base", "critic": "base"}}),
+        (f"{place}.critic.endpoint.timeout", "must be above 0"): cai(
+            critic={"endpoint": {**critic["endpoint"], "timeout": "0s"}}
+        ),
+        (f"{place}.constitution", "set either uri"): constitution(uri="/principles.yaml"),
+        (f"{place}.constitution", "version is needed"): cai(constitution={"principles": [_PRINCIPLE]}),
+        (f"{place}.constitution.uri", "only S3"): cai(constitution={"uri": "gs://bucket/principles.yaml"}),
+        (rule, "set either forbids or requires"): by_rule(),
+        **sides("forbids"),
+        **sides("requires"),
     }
 
 
@@ -201,6 +271,7 @@ CASES: dict[tuple[str, str], Json] = {
     **_offline("reward"),
     **_offline("dpo"),
     **_rl(),
+    **_constitutional(),
 }  # fmt: skip
 """Where a rule stands and how its message begins -> what to change in a good manifest, so that this rule alone refuses it."""
 
@@ -320,13 +391,13 @@ ORIGINS: list[tuple[Json, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "rl", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "rl", "dpo", "constitutional"])
 def test_both_take_and_refuse_the_same_models_to_start_from(admission: Admission, kind: str) -> None:
     for origin, taken in ORIGINS:
         value = manifest("corpus", "tok", "tokens", "base")
-        block = {"data": _RECORDS, **({"rewards": [_RULE]} if kind == "rl" else {}), **origin}
+        block = {"data": _RECORDS, **_NEEDED.get(kind, {}), **origin}
         value["spec"]["stages"].append({"name": "tuned", kind: block})
-        if kind != "reward":
+        if kind not in ("reward", "constitutional"):
             reader = {"name": "eval", "evaluate": {"from": {"model": "tuned", "shards": "tokens"}}}
             value["spec"]["stages"].append(reader)
         assert (admission.refusals(value) == []) == taken, (origin, admission.refusals(value))
