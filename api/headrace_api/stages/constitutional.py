@@ -89,7 +89,7 @@ class Constitution(Spec):
     """The principles that answers are held to."""
 
     model_config = api_rules(
-        rule("has(self.uri) != (size(self.principles) > 0)", _ONE_PLACE),
+        rule("has(self.uri) != (has(self.principles) && size(self.principles) > 0)", _ONE_PLACE),
         rule("has(self.uri) || has(self.version)", f"version {_VERSIONED}"),
     )
 

@@ -80,7 +80,7 @@ class Data(Records):
 
 def cel_sources_absolute(block: str) -> str:
     """CEL that holds where the sources of the ``data`` block at ``block`` mean the same in every working directory."""
-    return f"{block}.sources.all(x, {cel_is_absolute('x.uri')})"
+    return f"!has({block}.sources) || {block}.sources.all(x, {cel_is_absolute('x.uri')})"
 
 
 def cel_validation_absolute(block: str) -> str:

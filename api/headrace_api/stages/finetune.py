@@ -157,7 +157,7 @@ _NO_WEIGHT = "is of from.records; leave it out, or name a stage that wrote recor
 _HAS_RECORDS = "(has(self.from) && has(self.from.records))"
 OFFLINE_RULES: tuple[JsonSchema, ...] = (
     ORIGIN_RULE,
-    rule(f"size(self.data.sources) > 0 || {_HAS_RECORDS}", f"data.sources {_NO_RECORDS}"),
+    rule(f"(has(self.data.sources) && size(self.data.sources) > 0) || {_HAS_RECORDS}", f"data.sources {_NO_RECORDS}"),
     rule(f"!has(self.data.recordsWeight) || {_HAS_RECORDS}", f"data.recordsWeight {_NO_WEIGHT}"),
 )
 """Of every stage below; a class with rules of its own repeats them."""
