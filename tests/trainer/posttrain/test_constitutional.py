@@ -4,6 +4,10 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,8 +104,11 @@ def cai(
 def rank_in_trouble(rank: int, world: int, made: ResolvedStage, folder: Path, trouble: Json) -> Any:
     """One rank of the stage. ``die_at``: the last rank is killed once so many prompts are done; ``die_keeping``: the first
     rank, before it stores so manieth unit of this attempt; ``stop_at``: it is asked to stop once so many are done."""
+    from headrace_trainer import board
     from headrace_trainer.stages.constitutional.units import KeptUnits
 
+    counter = board.Counter()
+    board.beat_on(counter)
     keep, kept = KeptUnits.keep, [0]
 
     def keep_or_die(self: Any, *args: Any) -> None:
@@ -114,7 +121,9 @@ def rank_in_trouble(rank: int, world: int, made: ResolvedStage, folder: Path, tr
             (folder / f"scratch-{made.stage.name}-{made.attempt}" / "stop").touch()
 
     KeptUnits.keep = keep_or_die  # type: ignore[method-assign]
-    return stage_rank(rank, world, made, folder, trouble.get("die_at"))
+    outcome = stage_rank(rank, world, made, folder, trouble.get("die_at"))
+    (folder / f"beats-{rank}").write_text(str(counter.beats))
+    return outcome
 
 
 def run(made: ResolvedStage, folder: Path, **trouble: Any) -> list[Ended]:
@@ -181,9 +190,7 @@ def test_an_answer_is_criticized_and_revised_by_principles_that_are_drawn(
     assert (said["version"], [p["name"] for p in said["principles"]]) == ("2", ["no-swearing", "nothing"])
 
 
-def test_samples_can_be_read_on_a_page_and_in_the_log(
-    base: Base, taught: ArtifactRef, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_can_be_read_on_a_page(base: Base, taught: ArtifactRef, tmp_path: Path) -> None:
     prompts = [{"prompt": "<script>a b:"}, *({"prompt": prompt(pair)} for pair in PROMPTS)]
     ref = done(cai(base, tmp_path, inputs={"model": taught}, prompts=prompts, maxFailedShare=0.5), tmp_path)
     page, text = ((Path(ref.uri) / name).read_text() for name in ("samples.html", "samples.md"))
@@ -192,6 +199,23 @@ def test_samples_can_be_read_on_a_page_and_in_the_log(
     assert "<script>" not in page and "http" not in page.replace("<!doctype html>", "")
     assert (Path(ref.uri) / "violations.png").stat().st_size > 1000
     assert json.loads((Path(ref.uri) / "report.json").read_text())["violations"]["no-swearing"]["before"]["judged"]
+
+
+@pytest.mark.slow
+def test_the_log_of_a_rank_shows_samples_and_what_they_come_to(base: Base, taught: ArtifactRef, tmp_path: Path) -> None:
+    """What ``headrace logs`` prints is what a rank's process writes."""
+    made = cai(base, tmp_path, inputs={"model": taught}, maxFailedShare=0.2)
+    (tmp_path / "stage.json").write_text(made.model_dump_json(by_alias=True))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"HEADRACE_SCRATCH": str(tmp_path / "scratch"), "MASTER_ADDR": "127.0.0.1"}
+    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "headrace_trainer.stage", str(tmp_path / "stage.json")]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    for line in ("Critique 1, by no-swearing: ", "After: ", "violations of no-swearing: before "):
+        assert line in ended.stderr
 
 
 def test_what_the_critic_alone_can_judge_is_counted_by_its_yes_and_no(
@@ -371,20 +395,30 @@ def says_yes(body: Json) -> str:
 def test_an_endpoint_that_stumbles_changes_nothing(
     base: Base, taught: ArtifactRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors, silences and lost connections are repeated; the token is sent, and is nowhere in what the stage leaves."""
+    """Errors, silences and lost connections are repeated; the token is sent, and is nowhere in what the stage leaves. Ranks
+    that wait are seen to be alive, those that ask nobody too."""
     monkeypatch.setenv("CRITIC_TOKEN", "sesame-9231")
-    found = {}
-    for name, trouble in (("smooth", Trouble()), ("rough", Trouble(errors=3, silences=2, cuts=2))):
+    found, beats = {}, {}
+    rough = Trouble(errors=3, silences=2, cuts=2)
+    for name, trouble, layout in (("smooth", Trouble(), TP1), ("rough", rough, DP2), ("shared", Trouble(), TP2)):
         trouble.token = "sesame-9231"
         with serving(says_yes, trouble) as server:
             critic = critic_at(server, tokenVariable="CRITIC_TOKEN")
             made = cai(
-                base, tmp_path / name, inputs={"model": taught}, critic=critic, maxFailedShare=0.2, promptsAtOnce=20
+                base,
+                tmp_path / name,
+                layout,
+                inputs={"model": taught},
+                critic=critic,
+                maxFailedShare=0.2,
+                promptsAtOnce=20,
             )
-            found[name] = done(made, tmp_path / name)
+            found[name] = digests(done(made, tmp_path / name))
+            beats[name] = [int((tmp_path / name / f"beats-{r}").read_text()) for r in range(made.stage.compute.world)]
             if name == "rough":
                 assert server.answered["500"] == 3
-    assert digests(found["smooth"]) == digests(found["rough"])
+    assert found["smooth"] == found["rough"] == found["shared"]
+    assert min(n for of_ranks in beats.values() for n in of_ranks) > 2 * 20, beats
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"sesame-9231" not in path.read_bytes(), path
 
@@ -408,6 +442,24 @@ def test_a_token_that_is_not_there_is_told_before_anything_is_loaded(
     critic = {"endpoint": {"url": "http://127.0.0.1:9/v1", "model": "judge", "tokenVariable": "NO_SUCH_TOKEN"}}
     message = failed(cai(base, tmp_path, inputs={"model": taught}, critic=critic), tmp_path)
     assert "tokenVariable: NO_SUCH_TOKEN: is not set here" in message
+
+
+def test_a_stage_that_waits_for_a_critic_stops_when_it_is_asked_to(
+    base: Base, taught: ArtifactRef, tmp_path: Path
+) -> None:
+    answered = threading.Event()
+
+    def never(body: Json) -> str:
+        (tmp_path / "scratch-cai-1" / "stop").touch()
+        answered.wait(250)
+        return " no"
+
+    with serving(never) as server:
+        critic = critic_at(server, timeout="200s")
+        ended = run(cai(base, tmp_path, DP2, inputs={"model": taught}, critic=critic), tmp_path)
+        assert not answered.is_set()
+        answered.set()
+    assert {e.error for e in ended} == {"Stopped"}, ended
 
 
 RUBBISH = [b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', b"[" * 100_000]
