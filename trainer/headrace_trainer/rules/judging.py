@@ -163,8 +163,7 @@ def _check_schema(schema: Any, *, field: str) -> None:
             resolver.lookup(reference)
         except Unresolvable as error:
             raise UserError(
-                f"{field}: $ref: {reference!r}: not found in the schema, and nothing is fetched: put it "
-                "under $defs"
+                f"{field}: $ref: {reference!r}: not found in the schema, and nothing is fetched: put it under $defs"
             ) from error
 
 
