@@ -25,7 +25,13 @@ class Trouble:
     """Connections that are closed without an answer."""
     token: str | None = None
     """The only one that is accepted."""
+    refusals: int = 0
+    """Answers of 400."""
     gives_log_probs: bool = True
+    retry_after: str | None = None
+    """What comes with an answer of 500."""
+    moved_to: str | None = None
+    """Where every request is sent to."""
 
 
 @dataclass
@@ -57,8 +63,12 @@ def serving(reply: Callable[[Json], Any], trouble: Trouble | None = None) -> Ite
                 critic.requests.append(body)
             if trouble.token is not None and self.headers["Authorization"] != f"Bearer {trouble.token}":
                 self._send(401, f"no such token: {self.headers['Authorization']}".encode())
+            elif trouble.moved_to is not None:
+                self._send(307, b"", Location=trouble.moved_to)
             elif takes("errors"):
-                self._send(500, b"try again")
+                self._send(500, b"try again", **({"Retry-After": trouble.retry_after} if trouble.retry_after else {}))
+            elif takes("refusals"):
+                self._send(400, b"too many tokens")
             elif takes("silences"):
                 time.sleep(3)
             elif takes("cuts"):
@@ -68,11 +78,13 @@ def serving(reply: Callable[[Json], Any], trouble: Trouble | None = None) -> Ite
             else:
                 self._send(200, _answer(body, reply(body)))
 
-        def _send(self, status: int, data: bytes) -> None:
+        def _send(self, status: int, data: bytes, **headers: str) -> None:
             with lock:
                 critic.answered[str(status)] += 1
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 

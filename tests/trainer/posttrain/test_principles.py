@@ -1,6 +1,8 @@
 """The parts of Constitutional AI that need no model: principles, labels, replies of servers, what is asked, and totals."""
 
 import json
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +12,16 @@ import pytest
 
 from headrace_api.run import Storage
 from headrace_api.stages import Constitutional
-from headrace_api.stages.constitutional import Constitution, ConstitutionFile, Labels, Preferences, Principle
+from headrace_api.stages.constitutional import Constitution, ConstitutionFile, Endpoint, Labels, Preferences, Principle
 from headrace_trainer.errors import UserError
 from headrace_trainer.stages.constitutional import asking
 from headrace_trainer.stages.constitutional.comparing import choose, label_of, uniform
 from headrace_trainer.stages.constitutional.constitution import digest_of, drawn, read_constitution
-from headrace_trainer.stages.constitutional.endpoint import Reply, Unanswered, probability
+from headrace_trainer.stages.constitutional.endpoint import Client, Reply, Unanswered, probability
 from headrace_trainer.stages.constitutional.report import Samples, logged, markdown, page
+from headrace_trainer.stages.constitutional.speakers import Manner
 from headrace_trainer.stages.constitutional.totals import Totals
+from trainer.posttrain.critics import Trouble, serving
 from trainer.posttrain.synthetic import MEND
 
 FOUR = ConstitutionFile.model_validate(
@@ -123,6 +127,48 @@ def test_a_choice_is_read_from_log_probabilities_or_else_from_the_letter(
 def test_a_reply_that_chooses_nothing_is_rubbish(text: str) -> None:
     with pytest.raises(Unanswered, match="asked for A or B"):
         probability(Reply(text=text, ended=True), ("A", "B"))
+
+
+def client(url: str, **fields: Any) -> Client:
+    config = Endpoint.model_validate({"url": url, "model": "judge", "timeout": "2s", "retries": 3} | fields)
+    return Client(config, moved=lambda: None, cancelled=threading.Event())
+
+
+TURN = [{"role": "user", "content": "A or B?"}]
+BRIEF = Manner(max_new_tokens=4, temperature=0)
+
+
+def test_a_server_without_log_probabilities_is_asked_without_them_and_not_twice_for_every_choice() -> None:
+    with serving(lambda body: "B", Trouble(gives_log_probs=False)) as server:
+        asking_it = client(server.url)
+        assert [asking_it.choice(TURN, ("A", "B"), seed=1) for _ in range(3)] == [0.0, 0.0, 0.0]
+    assert ["logprobs" in request for request in server.requests] == [True, False, False, False]
+    with serving(lambda body: (("A", -1.2), ("B", -0.3))) as server:
+        assert client(server.url).choice(TURN, ("A", "B"), seed=1) == pytest.approx(0.289, abs=1e-3)
+
+
+def test_a_server_that_wants_to_be_left_alone_is() -> None:
+    with serving(lambda body: "yes", Trouble(errors=1, retry_after="2")) as server:
+        began = time.monotonic()
+        assert client(server.url).reply(TURN, seed=1, manner=BRIEF).text == "yes"
+        assert time.monotonic() - began >= 2, "a lower bound holds on any machine"
+
+
+def test_redirections_are_not_followed_and_tokens_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRITIC_TOKEN", "sesame-9231")
+    for trouble, said in ((Trouble(moved_to="http://127.0.0.1:9/"), "307"), (Trouble(token="another"), "401")):
+        with (
+            serving(lambda body: "yes", trouble) as server,
+            pytest.raises(UserError, match=f"the server answers {said}") as refused,
+        ):
+            client(server.url, tokenVariable="CRITIC_TOKEN").reply(TURN, seed=1, manner=BRIEF)
+        assert "sesame" not in str(refused.value)
+
+
+def test_a_request_that_a_server_does_not_understand_is_not_repeated() -> None:
+    with serving(lambda body: "yes", Trouble(refusals=9)) as server, pytest.raises(Unanswered, match="400: too many"):
+        client(server.url).reply(TURN, seed=1, manner=BRIEF)
+    assert len(server.requests) == 1
 
 
 def test_a_plain_prompt_is_asked_about_in_plain_text_and_a_conversation_in_turns() -> None:

@@ -46,9 +46,9 @@ _NOT_UNDERSTOOD = frozenset({400, 413, 422})
 class Unanswered(Exception):
     """There is no reply to a request, and why."""
 
-    def __init__(self, reason: Reason, detail: str, *, status: int = 0) -> None:
+    def __init__(self, reason: Reason, detail: str, *, status: int = 0, wait_seconds: float = 0.0) -> None:
         super().__init__(detail)
-        self.reason, self.detail, self.status = reason, detail, status
+        self.reason, self.detail, self.status, self.wait_seconds = reason, detail, status, wait_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,20 +125,23 @@ class Client:
                 last = error
             finally:
                 self._moved()
-            pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2**attempt) * random.uniform(0.5, 1)
+            pause = max(last.wait_seconds, _FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1))
+            pause = min(_LONGEST_PAUSE_SECONDS, pause)
             if attempt < self._config.retries and self._cancelled.wait(pause):
                 break
         raise last
 
     def _once(self, body: Mapping[str, Any]) -> Reply:
-        status, data = self._post(json.dumps(body).encode())
+        status, data, wait_seconds = self._post(json.dumps(body).encode())
         if status in _REPEATED or status in _NOT_UNDERSTOOD:
-            raise Unanswered(Reason.ENDPOINT, f"{status}: {self._shown(data)}", status=status)
+            said = f"{status}: {self._shown(data)}"
+            raise Unanswered(Reason.ENDPOINT, said, status=status, wait_seconds=wait_seconds)
         if status != 200:
             raise UserError(self._refusal(status, data))
         return _reply(data, shown=self._shown(data))
 
-    def _post(self, body: bytes) -> tuple[int, bytes]:
+    def _post(self, body: bytes) -> tuple[int, bytes, float]:
+        """Status, body, and for how long the server wants to be left alone."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -154,7 +157,7 @@ class Client:
                 preload_content=False,
             )
             try:
-                return response.status, self._read(response, deadline)
+                return response.status, self._read(response, deadline), _seconds(response.headers.get("Retry-After"))
             finally:
                 response.release_conn()
         except urllib3.exceptions.HTTPError as error:
@@ -210,6 +213,11 @@ def token_of(config: Endpoint) -> str | None:
             f"{FIELD}.tokenVariable: {config.token_variable}: holds what no header may: set it to the token"
         )
     return token
+
+
+def _seconds(header: str | None) -> float:
+    """What Retry-After asks for, where it is a number; a date is not worth a clock."""
+    return float(header) if header is not None and re.fullmatch(r"[0-9]{1,9}", header.strip()) else 0.0
 
 
 def _reply(data: bytes, *, shown: str) -> Reply:
