@@ -1,5 +1,6 @@
 """Pretraining with a document mask: each document has the losses that it has alone, under every layout and after a kill."""
 
+import itertools
 import random
 import signal
 from dataclasses import replace
@@ -44,7 +45,7 @@ def packed_and_alone(rank: int, world: int) -> dict[str, Any]:
         output, loss_of = objective.forward(model, batch)
         loss = loss_of(output)
         alone, edges = [], batch.cu_seqlens.tolist()
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             tokens, labels = batch.tokens_1T[:, begin:end], batch.labels_1T[:, begin:end]
             alone.append(model(tokens, torch.zeros_like(tokens), None, labels=labels)[0])
         plain = NextToken()
