@@ -28,6 +28,8 @@ _FIGURES = {
     "held-out loss": ("validationLoss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "margin": ("margin", "{:.3f}"),
+    "exact match": ("exactMatch", "{:.1%}"),
+    "kept step": ("keptStep", "{:.0f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
 }
