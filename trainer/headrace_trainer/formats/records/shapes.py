@@ -24,9 +24,9 @@ Tools = list[dict[str, Any]]
 class Shape(Enum):
     """Which columns a record has, the most telling first; the value names them."""
 
+    LABEL = ("prompt", "completion", "label")
     PAIR = ("prompt", "chosen", "rejected")
     IMPLICIT_PAIR = ("chosen", "rejected")
-    LABEL = ("prompt", "completion", "label")
     COMPLETION = ("prompt", "completion")
     MESSAGES = ("messages",)
     TEXT = ("text",)
