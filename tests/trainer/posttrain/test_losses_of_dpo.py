@@ -13,8 +13,11 @@ from headrace_api.contract import ResolvedStage
 from trainer.engine.gangs import DP2, PP2, TP1, TP2, gang
 from trainer.posttrain.chain import Base, further, pairs_block, pretrained, stage_rank, trained, write_records
 from trainer.posttrain.test_dpo import pairs
+from trainer.posttrain.test_sft import WORDS
 
 LOSSES = ("orpo", "simpo", "kto")
+SLOW: dict[str, Any] = {"epochs": 1, "schedule": {"learningRate": 3e-4, "warmup": 2}}
+"""A rate at which Adam does not make a difference in the last digit large."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def undisturbed(
     request: pytest.FixtureRequest, base: Base, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return request.param, trained(stage(base, folder, request.param), folder)
+    return request.param, trained(stage(base, folder, request.param, **SLOW), folder)
 
 
 @pytest.mark.parametrize("layout", [TP2, PP2, DP2, TP1], ids=["TP2", "PP2", "DP2", "micro-batch 4"])
@@ -63,7 +66,7 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut(
     """KTO's reference point too, which other frameworks take from one micro-batch."""
     loss, expected = undisturbed
     size = {"microBatchSize": 4} if layout is TP1 else {}
-    records = trained(stage(base, tmp_path, loss, layout, **size), tmp_path)
+    records = trained(stage(base, tmp_path, loss, layout, **size, **SLOW), tmp_path)
     for figure in ("loss", "rewards/margins", "validation_loss", *(["kl"] if loss == "kto" else [])):
         wanted = [r[figure] for r in expected if figure in r]
         assert wanted
@@ -84,22 +87,30 @@ def test_a_killed_stage_goes_on_bit_for_bit(
     assert [r["loss_hex"] for r in resumed] == [r["loss_hex"] for r in whole]
 
 
-def test_it_learns_the_preferred_side_of_pairs_that_it_has_not_seen(base: Base, tmp_path: Path) -> None:
-    """The later word of the alphabet: 66 pairs of 12 words, of which some are held out."""
-    for loss, fields in {
-        "orpo": {"beta": 1.0},
-        "simpo": {"gamma": 0.5},
-        "kto": {},
-    }.items():
-        folder = tmp_path / loss
-        rate = {"schedule": {"learningRate": 3e-3, "warmup": 2, "decay": "cosine"}}
-        records = trained(stage(base, folder, loss, records=pairs(300), epochs=6, **rate, **fields), folder)
-        assert records[-1]["validation_rewards/accuracies"] > 0.95, loss
-        assert records[-1]["validation_rewards/margins"] > 0, loss
-        if loss == "kto":
-            assert records[0]["loss"] == pytest.approx(0.5, abs=1e-6)
-            assert records[0]["kl"] == pytest.approx(0, abs=1e-4)
-            assert max(r["kl"] for r in records) > 0.01
+def polite(count: int) -> list[dict[str, Any]]:
+    """Of two answers to the same request, the polite one is preferred; it comes as often first as second in the alphabet."""
+    draw = random.Random(4)
+    forms = (("please the {}", "now the {}"), ("kindly the {}", "only the {}"))
+    out = []
+    for _ in range(count):
+        one, other = draw.sample(WORDS, 2)
+        better, worse = draw.choice(forms)
+        out.append({"prompt": f"{one} or {other}? ", "chosen": better.format(one), "rejected": worse.format(one)})
+    return out
+
+
+@pytest.mark.parametrize(("loss", "fields"), [("orpo", {"beta": 1.0}), ("simpo", {}), ("kto", {})])
+def test_it_learns_a_preference_for_prompts_that_it_has_not_seen(
+    base: Base, tmp_path: Path, loss: str, fields: dict[str, Any]
+) -> None:
+    rate = {"schedule": {"learningRate": 2e-3, "warmup": 2}}
+    records = trained(stage(base, tmp_path, loss, records=polite(200), epochs=3, **rate, **fields), tmp_path)
+    assert records[-1]["validation_rewards/accuracies"] > 0.95
+    assert records[-1]["validation_rewards/margins"] > 0
+    if loss == "kto":
+        assert records[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+        assert records[0]["kl"] == pytest.approx(0, abs=1e-4)
+        assert max(r["kl"] for r in records) > 0.01
 
 
 def test_no_reference_is_asked_where_none_is_needed(

@@ -163,9 +163,10 @@ def test_twenty_steps_are_trls(base: Base, tmp_path: Path, kind: str) -> None:
     assert len(found["losses"]) == len(ours) == STEPS
     assert [r["loss"] for r in ours] == pytest.approx(found["losses"], abs=1e-4, rel=0)
     assert [r["grad_norm"] for r in ours] == pytest.approx(found["norms"], abs=1e-4, rel=1e-4)
-    for figure in sorted(set(found) & set(FIGURES)):
-        theirs = dict(enumerate(found[figure]))
+    for figure in FIGURES if kind in LOSSES else ():
+        theirs = {i: value for i, value in enumerate(found[figure]) if value is not None}
+        if figure == "nll_loss" and kind == "simpo":
+            assert set(theirs.values()) == {0.0}, "CPO's likelihood, which is switched off"
+            continue
         assert {i: r[figure] for i, r in enumerate(ours) if figure in r} == pytest.approx(theirs, abs=1e-3), figure
-    if kind in LOSSES:
-        assert set(found) >= {"rewards/chosen", "rewards/margins", "logps/chosen"}
-    assert ours[-1]["loss"] < ours[0]["loss"]
+    assert sum(r["loss"] for r in ours[-3:]) < sum(r["loss"] for r in ours[:3])

@@ -35,8 +35,7 @@ def main(path: Path) -> None:
     trainer.train()
     records = [r for r in trainer.state.log_history if "loss" in r]
     found = {"losses": [r["loss"] for r in records], "norms": [r["grad_norm"] for r in records]}
-    shared = {name for name in task.get("figures", []) if all(name in r for r in records)}
-    print(json.dumps(found | {name: [r[name] for r in records] for name in sorted(shared)}))
+    print(json.dumps(found | {name: [r.get(name) for r in records] for name in task["figures"]}))
 
 
 def settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
