@@ -111,8 +111,8 @@ def test_a_killed_stage_shows_what_the_model_said_before_all_of_it(
 
 
 def test_as_many_are_asked_as_wanted_and_adapters_answer_too(base: Base, tmp_path: Path) -> None:
-    fields = {"adapter": {"lora": {"rank": 8}}, "samples": {"count": 2, "maxNewTokens": 8}}
-    trained(sft(base, tmp_path, **fields, schedule={"learningRate": 3e-2, "decay": "constant"}), tmp_path)
+    fields = {"adapter": {"lora": {"rank": 16}}, "samples": {"count": 2, "maxNewTokens": 8}}
+    trained(sft(base, tmp_path, **fields, epochs=2), tmp_path)
     assert [s["after"]["text"] for s in page(tmp_path)["samples"]] == ["blue", "blue"]
 
 
