@@ -252,6 +252,7 @@ def train_ours(case: str, folder: Path) -> None:
         "microBatchSize": MICRO,
         "precision": "fp32",
         "schedule": {"learningRate": 1e-5, "decay": "constant"},
+        "samples": {"count": 0},
     }
     if case in ("sft", "sft packed"):
         block |= {"packing": case == "sft packed"}

@@ -30,6 +30,8 @@ _FIGURES = {
     "margin": ("margin", "{:.3f}"),
     "violations before": ("violationsBefore", "{:.1%}"),
     "violations after": ("violationsAfter", "{:.1%}"),
+    "exact match": ("exactMatch", "{:.1%}"),
+    "kept step": ("keptStep", "{:.0f}"),
     "perplexity": ("perplexity", "{:.2f}"),
     "unigram perplexity": ("unigramPerplexity", "{:.2f}"),
 }

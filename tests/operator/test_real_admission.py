@@ -104,7 +104,9 @@ def _offline(kind: str) -> dict[tuple[str, str], Json]:
         return {"stages.tuned": {kind: {**_TUNED, "data": {**_RECORDS, "validation": validation}}}}
 
     place = f"spec.stages[].{kind}.data.validation"
+    stops: Json = {"stages.tuned": {kind: {**_TUNED, "earlyStop": {"patience": 2}}}}
     return _fine_tuning(kind) | {
+        (f"spec.stages[].{kind}", "earlyStop and keep: best need"): stops,
         ("spec", f"{kind}.data.validation.uri is relative"): held_out(uri="records.jsonl"),
         (place, "set either uri"): held_out(uri="/records", fraction=0.1),
         (place, "format is of"): held_out(fraction=0.1, format="jsonl"),
@@ -267,6 +269,15 @@ CASES: dict[tuple[str, str], Json] = {
     ("spec.trainer.gpuMemory", "must be at least 1"): {"trainer.gpuMemory": "0Gi"},
     ("spec.trainer.gpuMemory", "must be at most"): {"trainer.gpuMemory": "1001T"},
     ("spec.stages[].dpo", "labelSmoothing is of"): {"stages.tuned": {"dpo": {**_TUNED, "labelSmoothing": 0.1}}},
+    ("spec.stages[].dpo", "lengthNormalized is of"): {
+        "stages.tuned": {"dpo": {**_TUNED, "loss": "simpo", "lengthNormalized": True}},
+    },
+    ("spec.stages[].dpo", "gamma is of"): {"stages.tuned": {"dpo": {**_TUNED, "gamma": 0.5}}},
+    ("spec.stages[].dpo", "desirableWeight is of"): {"stages.tuned": {"dpo": {**_TUNED, "desirableWeight": 2}}},
+    ("spec.stages[].dpo", "undesirableWeight is of"): {"stages.tuned": {"dpo": {**_TUNED, "undesirableWeight": 2}}},
+    ("spec.stages[].dpo", "globalBatchSize: kto takes"): {
+        "stages.tuned": {"dpo": {**_TUNED, "loss": "kto", "globalBatchSize": 1}},
+    },
     **_offline("sft"),
     **_offline("reward"),
     **_offline("dpo"),

@@ -155,10 +155,51 @@ class OfflineInputs(ModelInputs):
 _NO_RECORDS = "lists none, and from.records is not set: name at least one source, or a stage that wrote records"
 _NO_WEIGHT = "is of from.records; leave it out, or name a stage that wrote records"
 _HAS_RECORDS = "(has(self.from) && has(self.from.records))"
+
+
+class EarlyStop(Spec):
+    """When a stage ends because its held-out loss no longer falls."""
+
+    patience: int = Field(3, ge=1, le=10**6)
+    """patience is the number of measurements in a row without an improvement after which the stage ends; validation.every is the number of steps between two."""
+    min_delta: float = Field(0.0, ge=0, le=1000)
+    """minDelta is how far the held-out loss must fall below the lowest before, in nats, to count as an improvement."""
+
+
+class Keep(StrEnum):
+    """Which weights a stage leaves."""
+
+    BEST = "best"
+    """Those with the lowest held-out loss of all that was measured."""
+    LAST = "last"
+    """Those of the last step."""
+
+
+class Samples(Spec):
+    """Prompts that are answered before and after a stage, greedily, for people to compare."""
+
+    count: int = Field(16, ge=0, le=1024)
+    """count is the number of prompts: the first held-out ones, or the first of all where none are held out; 0 leaves the page out."""
+    max_new_tokens: int = Field(128, ge=1, le=2**14)
+    """maxNewTokens is the longest answer."""
+
+
+class Sampled(Spec):
+    """A stage whose model answers."""
+
+    samples: Annotated[Samples, Part.EXECUTION] = Field(default_factory=Samples)
+    """samples are prompts that are answered before and after the stage: samples.md and samples.html."""
+
+
+_MEASURED = "need held-out records to measure: set data.validation"
 OFFLINE_RULES: tuple[JsonSchema, ...] = (
     ORIGIN_RULE,
     rule(f"(has(self.data.sources) && size(self.data.sources) > 0) || {_HAS_RECORDS}", f"data.sources {_NO_RECORDS}"),
     rule(f"!has(self.data.recordsWeight) || {_HAS_RECORDS}", f"data.recordsWeight {_NO_WEIGHT}"),
+    rule(
+        "has(self.data.validation) || (!has(self.earlyStop) && (!has(self.keep) || self.keep != 'best'))",
+        f"earlyStop and keep: best {_MEASURED}",
+    ),
 )
 """Of every stage below; a class with rules of its own repeats them."""
 
@@ -174,6 +215,10 @@ class OfflineFinetune(Finetune):
     """data is the records that are trained on, and those that are measured."""
     packing: bool = False
     """packing lays several documents, or pairs, in one sample, each attending only to itself; without it a sample is one."""
+    early_stop: Annotated[EarlyStop | None, Part.EXTENT] = None
+    """earlyStop ends the stage where its held-out loss no longer falls; it goes through all epochs if unset."""
+    keep: Annotated[Keep | None, Part.EXTENT] = None
+    """keep is which weights the stage leaves: best or last. If unset, best with earlyStop, whose last weights are worse by what patience allows, and last without it."""
 
     @property
     def records_stage(self) -> str | None:
@@ -186,4 +231,15 @@ class OfflineFinetune(Finetune):
             raise FieldError("data.sources", None, _NO_RECORDS)
         if self.records_stage is None and self.data.records_weight is not None:
             raise FieldError("data.recordsWeight", self.data.records_weight, _NO_WEIGHT)
+        return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the stage leaves the weights with the lowest held-out loss."""
+        return self.keep is Keep.BEST or (self.keep is None and self.early_stop is not None)
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.data.validation is None and (self.early_stop is not None or self.keep is Keep.BEST):
+            raise FieldError("data.validation", None, f"earlyStop and keep: best {_MEASURED}")
         return self

@@ -53,6 +53,9 @@ class Pretrain(Training):
     tokens: Annotated[Quantity, Part.EXTENT] = Field(ge=1, le=MOST)
     """tokens is how many tokens to train on; divided by the tokens per global batch and rounded up, it gives the number of steps."""
 
+    document_mask: bool | None = None
+    """documentMask lets each document of a sample attend only to itself, with positions that begin anew; if unset, or false, a token sees all that stands before it in the sample, other documents included."""
+
     @property
     def steps(self) -> int:
         """Optimizer steps in the whole stage."""

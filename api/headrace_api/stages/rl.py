@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from headrace_api.base import FieldError, Part, Spec, api_rules, rule
 from headrace_api.stages.base import ArtifactKind, StageName
 from headrace_api.stages.data import Records
-from headrace_api.stages.finetune import ORIGIN_RULE, Finetune, ModelInputs
+from headrace_api.stages.finetune import ORIGIN_RULE, Finetune, ModelInputs, Sampled
 from headrace_api.stages.rules import RuleReward
 from headrace_api.stages.training import Optimizer, Schedule
 
@@ -178,7 +178,7 @@ _REWARD_MODEL = "has a model only with from.reward, and from.reward is read only
 _LOSS = "is of grpo; leave it out, or choose that algorithm"
 
 
-class Rl(Finetune):
+class Rl(Finetune, Sampled):
     """Reinforcement learning: draw answers to prompts, reward them, and make rewarded ones likelier."""
 
     model_config = api_rules(

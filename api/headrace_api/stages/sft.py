@@ -1,10 +1,10 @@
 """The sft stage: a model and demonstrations -> a model that answers as they do."""
 
 from headrace_api.stages.base import ArtifactKind
-from headrace_api.stages.finetune import OfflineFinetune
+from headrace_api.stages.finetune import OfflineFinetune, Sampled
 
 
-class Sft(OfflineFinetune):
+class Sft(OfflineFinetune, Sampled):
     """Supervised fine-tuning: train on the answers of conversations, or of prompts with completions."""
 
     KIND = "sft"

@@ -187,6 +187,24 @@ def test_an_attempt_that_was_taken_for_dead_removes_nothing_of_a_later_one(tmp_p
     assert {info.key.split("/")[1] for info in store.list("checkpoints/")} == {"step-00000009-a2"}
 
 
+def test_a_protected_step_stays_until_another_is_committed_in_its_place(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path)
+    folder = CheckpointStore(store, "checkpoints")
+
+    def commit(step: int, protect: int | None) -> set[str]:
+        name = folder.new_name(step, 1)
+        store.put_bytes(folder.key(name, "__0_0.distcp"), b"weights")
+        folder.commit(name, manifest(step, 1), keep=1, protect=protect)
+        return {name.removeprefix("step-0000000") for name in folder.committed()}
+
+    assert commit(2, None) == {"2-a1"}
+    assert commit(3, 3) == {"3-a1"}
+    assert commit(4, 3) == {"3-a1", "4-a1"}
+    assert commit(6, 3) == {"3-a1", "6-a1"}
+    assert commit(6, 3) == {"3-a1", "6-a1-1"}
+    assert commit(8, 8) == {"8-a1"}
+
+
 def manifest(step: int, attempt: int) -> CheckpointManifest:
     return CheckpointManifest(
         stage="base",

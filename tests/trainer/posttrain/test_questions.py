@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from headrace_api.artifact import ArtifactRef
-from headrace_trainer.stages.evaluate.questions import Answered
+from headrace_trainer.engine.answers import Answered
 from trainer.engine.gangs import gang
 from trainer.posttrain.chain import Base, pretrained, reference, resolved, stage_rank, write_records
 from trainer.posttrain.test_sft import block

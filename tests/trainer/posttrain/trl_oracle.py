@@ -14,7 +14,18 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MO
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 
 def main(path: Path) -> None:
@@ -23,7 +34,8 @@ def main(path: Path) -> None:
     trainer = TRAINERS[task["kind"]](task)
     trainer.train()
     records = [r for r in trainer.state.log_history if "loss" in r]
-    print(json.dumps({"losses": [r["loss"] for r in records], "norms": [r["grad_norm"] for r in records]}))
+    found = {"losses": [r["loss"] for r in records], "norms": [r["grad_norm"] for r in records]}
+    print(json.dumps(found | {name: [r.get(name) for r in records] for name in task["figures"]}))
 
 
 def settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -91,6 +103,81 @@ def dpo(task: dict[str, Any]) -> DPOTrainer:
     )
 
 
+def orpo(task: dict[str, Any]) -> ORPOTrainer:
+    """Pairs of two sides."""
+    return _Orpo(
+        model=AutoModelForCausalLM.from_pretrained(task["model"]),
+        args=ORPOConfig(**settings(task, task["folder"]), beta=task["beta"]),
+        train_dataset=sides(task),
+        processing_class=padded(task),
+    )
+
+
+def simpo(task: dict[str, Any]) -> CPOTrainer:
+    """Pairs of two sides, without the likelihood that CPO adds."""
+    return _Simpo(
+        model=AutoModelForCausalLM.from_pretrained(task["model"]),
+        args=CPOConfig(
+            **settings(task, task["folder"]),
+            loss_type="simpo",
+            cpo_alpha=0.0,
+            beta=task["beta"],
+            simpo_gamma=task["gamma"],
+        ),
+        train_dataset=sides(task),
+        processing_class=padded(task),
+    )
+
+
+def sides(task: dict[str, Any]) -> Dataset:
+    """Both sides of each pair, each whole; the texts are not looked at."""
+    rows = []
+    for pair in task["examples"]:
+        row: dict[str, Any] = {"prompt": "-", "chosen": "-", "rejected": "-"}
+        for name, side in zip(("chosen", "rejected"), pair, strict=True):
+            row |= {f"{name}_input_ids": side["tokens"], f"{name}_labels": labels(side)}
+            row[f"{name}_attention_mask"] = [1] * len(side["tokens"])
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def padded(task: dict[str, Any]) -> Any:
+    """A tokenizer that can pad."""
+    tokenizer = AutoTokenizer.from_pretrained(task["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def kto(task: dict[str, Any]) -> KTOTrainer:
+    """Single answers, and for each the answer of the one before it in its batch."""
+    rows = []
+    for example in task["examples"]:
+        asked = example["mask"].index(True)
+        rows.append(
+            {
+                "prompt_ids": example["tokens"][:asked],
+                "completion_ids": example["tokens"][asked:],
+                "label": example["label"],
+            }
+        )
+    size = task["batch"]
+    for i, row in enumerate(rows):
+        before = i - 1 if i % size else i + size - 1
+        row["KL_completion_ids"] = rows[before]["completion_ids"]
+    return _Kto(
+        model=AutoModelForCausalLM.from_pretrained(task["model"]),
+        ref_model=AutoModelForCausalLM.from_pretrained(task["model"]),
+        args=KTOConfig(
+            **settings(task, task["folder"]),
+            beta=task["beta"],
+            desirable_weight=task["desirable_weight"],
+            undesirable_weight=task["undesirable_weight"],
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=padded(task),
+    )
+
+
 def reward(task: dict[str, Any]) -> RewardTrainer:
     """Pairs, each side whole, scored at its last token."""
     import torch
@@ -132,7 +219,26 @@ class _Reward(_AsItIs, RewardTrainer):
     pass
 
 
-TRAINERS = {"sft": sft, "dpo": dpo, "reward": reward}
+class _Kto(_AsItIs, KTOTrainer):
+    pass
+
+
+class _Rows:
+    """The same of the trainers that tokenize row by row."""
+
+    def tokenize_row(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+class _Orpo(_Rows, ORPOTrainer):
+    pass
+
+
+class _Simpo(_Rows, CPOTrainer):
+    pass
+
+
+TRAINERS = {"sft": sft, "dpo": dpo, "orpo": orpo, "simpo": simpo, "kto": kto, "reward": reward}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

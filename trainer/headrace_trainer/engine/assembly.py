@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace_api.artifact import resume_identity
-from headrace_api.stages import Finetune, Training
+from headrace_api.stages import Finetune, OfflineFinetune, Training
 from headrace_trainer.engine.batches import Batches, Samples
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
 from headrace_trainer.engine.checkpoint.state import TrainState, save_weights
@@ -96,6 +96,7 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
         return Batches(samples=samples, objective=objective, gang=gang, micro_batch_size=config.micro_batch_size)
 
     state = TrainState(model=model, optimizer=optimizer)
+    offline = config if isinstance(config, OfflineFinetune) else None
     return Loop(
         config=config,
         steps=task.steps,
@@ -108,6 +109,8 @@ def build_loop(ctx: StageContext, gang: Gang, task: Task) -> Loop:
         state=state,
         start=start,
         hooks=task.hooks,
+        early_stop=offline.early_stop if offline is not None else None,
+        keeps_best=offline is not None and offline.keeps_best,
     )
 
 
@@ -142,6 +145,10 @@ def final_metrics(loop: Loop, card: ModelCard) -> dict[str, float]:
         metrics["validationLoss"] = loss
         if loss < math.log(sys.float_info.max):  # a model that diverged may have a perplexity that no float holds
             metrics["validationPerplexity"] = math.exp(loss)
+    if (kept := loop.history.kept_step) is not None:
+        metrics["keptStep"] = float(kept)
+    if loop.early_stop is not None:
+        metrics["stoppedEarly"] = float(loop.step < loop.steps)
     if (speed := loop.pace.tokens_per_second) is not None:
         metrics["tokensPerSecond"] = speed
     return metrics

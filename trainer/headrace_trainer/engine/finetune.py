@@ -15,6 +15,7 @@ from headrace_api.artifact import canonical_digest
 from headrace_api.model import padded_vocab
 from headrace_api.parallelism import layout
 from headrace_api.stages import Finetune, StartsFromModel
+from headrace_api.stages.finetune import Sampled
 from headrace_trainer.engine.adapter_files import write_adapter
 from headrace_trainer.engine.assembly import final_metrics, leave_model
 from headrace_trainer.engine.batches import Samples
@@ -25,6 +26,7 @@ from headrace_trainer.engine.model.lora import merge_adapters
 from headrace_trainer.engine.model.start import fill_start_weights
 from headrace_trainer.engine.origin import Origin, Pretrained, find_origin
 from headrace_trainer.engine.parallel import Gang, join_gang
+from headrace_trainer.engine.samples import Comparison
 from headrace_trainer.errors import UserError
 from headrace_trainer.formats.chat import Encoder, with_chat_template
 from headrace_trainer.formats.chat.tokens import load
@@ -111,9 +113,37 @@ def run_finetune(
     ) as gang:
         loop = build(ctx, gang, start)
         loop.resume()
+        compared = begin_comparison(ctx, loop, start)
         loop.run()
         measured = measure(loop, start) if measure is not None else {}
+        if compared is not None:
+            loop.stepper.gather_weights()
+            measured |= compared.ask_after(loop.stepper.model, ctx.output, kind=config.KIND)
         return leave_finetuned(ctx, loop, start) | measured
+
+
+def begin_comparison(ctx: StageContext, loop: Loop, start: Start) -> Comparison | None:
+    """The stage's samples with the answers from before it; None where there are none. Every rank calls.
+
+    Raises:
+        StorageError: storage does not answer.
+    """
+    config, gang = ctx.config, loop.gang
+    assert isinstance(config, Finetune)
+    if not isinstance(config, Sampled):
+        return None
+    tokenizer = load(start.tokenizer)
+    compared = Comparison(config.samples, start.dataset, tokenizer=tokenizer, card=start.card, gang=gang)
+    if not compared.questions:
+        return None
+    key = f"{ctx.resolved.stage.name}/samples/{compared.key(start.origin.digest, start.card.precision)}.json"
+    if not compared.recall(ctx.store, key):
+        ctx.report(phase="Running", message="answers of the starting model")
+        loop.stepper.gather_weights()
+        seed = ctx.resolved.seed
+        model = loop.stepper.model if loop.step == 0 else start.build(gang, config, seed=seed).eval()
+        compared.ask_before(model, ctx.store, key)
+    return compared
 
 
 def prepare(

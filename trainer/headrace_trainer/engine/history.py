@@ -57,15 +57,39 @@ class History:
         figures = {"loss": loss, **(metrics or {})}
         self.records[-1] |= {f"validation_{name}": value for name, value in _finite(figures).items()}
 
+    def note_best(self) -> bool:
+        """Note that the newest record's weights are kept, if their held-out loss is the lowest so far; whether it is."""
+        loss, kept = self.records[-1].get("validation_loss"), self._kept
+        if loss is None or (kept is not None and loss >= kept["validation_loss"]):
+            return False
+        self.records[-1]["kept"] = True
+        return True
+
+    def note_lost(self, step: int) -> None:
+        """Note that the weights of a step are not kept after all: they did not reach storage."""
+        if 0 < step <= len(self.records):
+            self.records[step - 1].pop("kept", None)
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose weights are kept as the best; None where none are."""
+        return None if self._kept is None else int(self._kept["step"])
+
+    @property
+    def _kept(self) -> dict[str, Any] | None:
+        return next((record for record in reversed(self.records) if "kept" in record), None)
+
     @property
     def loss(self) -> float | None:
         """The newest training loss."""
         return next((r["loss"] for r in reversed(self.records) if "loss" in r), None)
 
     def held_out(self, figure: str) -> float | None:
-        """The newest value of a figure on the validation split."""
-        found = (r[name] for r in reversed(self.records) if (name := f"validation_{figure}") in r)
-        return next(found, None)
+        """A figure on the validation split: of the weights that are kept, or else the newest value."""
+        name, kept = f"validation_{figure}", self._kept
+        if kept is not None:
+            return kept.get(name)
+        return next((r[name] for r in reversed(self.records) if name in r), None)
 
     @property
     def num_left_out(self) -> int:
@@ -74,7 +98,7 @@ class History:
 
     @property
     def validation_loss(self) -> float | None:
-        """The newest validation loss."""
+        """The validation loss of the weights that are kept, or else the newest."""
         return self.held_out("loss")
 
     def dumps(self) -> str:

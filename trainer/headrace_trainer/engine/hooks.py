@@ -26,6 +26,9 @@ class Hooks:
     def before_step(self, first: int, stepper: Stepper) -> None:
         """Make the samples from ``first`` on, if they are not there. Collective."""
 
+    def before_validation(self, size: int, stepper: Stepper) -> None:
+        """Do what measuring the first ``size`` held-out samples needs. Collective."""
+
     def figures(self) -> Mapping[str, float]:
         """Figures for the record of the step that these samples were for; the same on every rank."""
         return {}

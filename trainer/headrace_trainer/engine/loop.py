@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from headrace_api.run import SavedCheckpoint
+from headrace_api.stages.finetune import EarlyStop
 from headrace_api.stages.training import Training
 from headrace_trainer.engine.batches import Batches
 from headrace_trainer.engine.checkpoint.checkpointer import Checkpointer
@@ -28,6 +29,7 @@ from headrace_trainer.engine.parallel import Gang, Sum
 from headrace_trainer.engine.schedule import is_due, learning_rate
 from headrace_trainer.engine.skips import Verdict, judge, last_update
 from headrace_trainer.engine.step import Stepper
+from headrace_trainer.engine.stopping import reason_to_stop
 from headrace_trainer.errors import Stopped, StorageError, UserError
 from headrace_trainer.formats.model_card import HISTORY_FILE
 
@@ -80,6 +82,10 @@ class Loop:
     """Sets the start weights; called only where no checkpoint is loaded over them."""
     hooks: Hooks = field(default_factory=Hooks)
     """What the stage does around steps."""
+    early_stop: EarlyStop | None = None
+    """When training ends before its last step."""
+    keeps_best: bool = False
+    """Whether training ends with the weights whose held-out loss is the lowest, and not with the last."""
     history: History = field(default_factory=History)
     step: int = 0
     saved: SavedCheckpoint | None = None
@@ -109,19 +115,20 @@ class Loop:
         self.hooks.loads(found.extras)
 
     def run(self) -> None:
-        """Train to the last step.
+        """Train to the last step, or until the held-out loss no longer falls.
 
         Raises:
             Stopped: some rank was asked to stop; a checkpoint of this step is committed.
-            StorageError: checkpoints cannot be saved.
+            StorageError: checkpoints cannot be saved, or the best one cannot be loaded.
             UserError: too many losses or gradients were not finite numbers, or a figure went too far.
         """
         self.pace.restart()
         with collected_between_steps():
-            while self.step < self.steps:
+            while not self.is_over:
                 self.advance()
         self.stepper.gather_weights()
         self._commit()  # should the model not reach storage, the next attempt has only that left to do
+        self._take_best()
 
     def advance(self) -> None:
         """One step, and what is due after it.
@@ -136,17 +143,21 @@ class Loop:
             self._take_further(self.checkpointer.advance)
         skipped = "skipped" in self.history.records[-1]
         went_back = self._answer_skip() if skipped else self._answer_alarm()
-        if self._validation_due():
-            self._validate()
-        must_stop = agreed.must_stop and self.step < self.steps
+        is_best = self._validation_due() and self._validate()
+        must_stop = agreed.must_stop and not self.is_over
         # A skipped step has nothing new, and its checkpoint would push out one whose weights are older.
-        if must_stop or went_back or (agreed.must_save and not skipped):
+        if must_stop or went_back or is_best or (agreed.must_save and not skipped):
             self._save()
         self._report("Running")
         if must_stop:
             self._commit()
             raise Stopped(f"stopped after step {self.step}; its checkpoint is committed", step=self.step)
         collect_after(self.step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.steps or reason_to_stop(self.history.records, self.early_stop) is not None
 
     @property
     def consumed_samples(self) -> int:
@@ -249,13 +260,38 @@ class Loop:
         every = self.config.validation.every
         return self.validation is not None and (self.step % every == 0 or self.step == self.steps)
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Measure the held-out loss; whether these weights are to be kept as the best so far."""
         assert self.validation is not None, "see _validation_due"
         self._report("Evaluating")
         size = min(self.config.validation.samples, self.validation.samples.num_samples)
+        self.hooks.before_validation(size, self.stepper)
         sums = self.gang.start_sum(self.stepper.losses(self.validation.read(0, size))).result()
         self.history.add_validation(*self.stepper.means(sums))
         self.pace.restart()
+        reason = reason_to_stop(self.history.records, self.early_stop)
+        if reason is not None:
+            self.history.records[-1]["stopped_early"] = self.message = reason
+        return self.keeps_best and self.history.note_best()
+
+    def _take_best(self) -> None:
+        """Put the best weights in the place of the last, where they are not the same.
+
+        Raises:
+            StorageError: they cannot be loaded.
+        """
+        best = self.history.kept_step
+        if best is None or best == self.step:
+            return
+        self._report("Loading")
+        found = self.checkpointer.restore_at(best)
+        if found is None:
+            raise StorageError(
+                f"the checkpoint of step {best}, whose held-out loss is the lowest, cannot be loaded: "
+                "restore it from a backup, or set keep to last"
+            )
+        said = f"the weights are those of step {best}, whose held-out loss is the lowest"
+        self.message = f"{self.message}; {said}" if self.message else said
 
     def _save(self) -> None:
         """Begin a checkpoint of this step, unless there is one, after the one before it."""
@@ -269,7 +305,9 @@ class Loop:
         self._take_further(
             lambda: self.checkpointer.save(
                 step=self.step,
+                steps=self.step if self.is_over else self.steps,
                 consumed_samples=first,
+                protect=self.history.kept_step,
                 extras=lambda: {HISTORY_FILE: self.history.dumps(), **self.hooks.dumps(first)},
             )
         )
@@ -298,6 +336,7 @@ class Loop:
             if self._failed_saves > SAVES_THAT_MAY_FAIL:
                 raise
             self.message = f"the checkpoint of step {self._saved_step} was not saved: {error}"
+            self.history.note_lost(self._saved_step)
             self._saved_step = -1 if self.saved is None else self.saved.step
             if self.gang.is_first:
                 log.warning(self.message)

@@ -144,10 +144,11 @@ def odds_ratio(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor
         chosen_N: mean log-probability of a token of the chosen completion, below 0.
         rejected_N: that of the rejected one.
     """
-    return -functional.logsigmoid(_log_odds(chosen_N) - _log_odds(rejected_N))
+    return -functional.logsigmoid(log_odds(chosen_N) - log_odds(rejected_N))
 
 
-def _log_odds(log_probs_N: torch.Tensor) -> torch.Tensor:
+def log_odds(log_probs_N: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)) from log p, [N]."""
     # Rounded to a probability of 1, the odds would be infinite.
     below_one = log_probs_N.clamp(max=-torch.finfo(log_probs_N.dtype).eps)
     return below_one - torch.log(-torch.expm1(below_one))

@@ -52,6 +52,9 @@ class Objective(Protocol):
     def forward(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
         """Run this stage of the model; on the last stage its output goes through the function that comes second."""
 
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """What is recorded, from the means of ``METRICS`` over what counts."""
+
 
 class NextToken:
     """Predict each token from those before it: the mean negative log-likelihood over all tokens."""
@@ -74,6 +77,10 @@ class NextToken:
         positions = torch.arange(batch.tokens_BT.size(1), device=batch.tokens_BT.device).expand_as(batch.tokens_BT)
         losses_BT = model(batch.tokens_BT, positions, None, labels=batch.labels_BT)
         return losses_BT, lambda output_BT: _over_tokens(output_BT, batch.mask_BT)
+
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """As they are."""
+        return means
 
 
 def _over_tokens(losses_BT: torch.Tensor, mask_BT: torch.Tensor) -> Loss:

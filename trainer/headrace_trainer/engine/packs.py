@@ -46,6 +46,10 @@ class PackedSamples:
         length = self._capacity if self._fixed else min(self._capacity, -(-needed // _MULTIPLE) * _MULTIPLE)
         return collate(Pack(documents=tuple(documents)), length=length, device=device)
 
+    def figures(self, means: dict[str, float]) -> dict[str, float]:
+        """As they are."""
+        return means
+
 
 def _without_loss(document: Document) -> Document:
     return Document(tokens=document.tokens, mask=document.mask & False)
@@ -85,25 +89,27 @@ def packs_of(dataset: Dataset, config: OfflineFinetune, *, seed: int) -> tuple[P
     return training, PackSamples(held_out, PackOrder(held_out.lengths, capacity=capacity, seed=0, packing=packing))
 
 
-def values_of_pairs(
+def values_of_documents(
     units: Units | None,
     gang: Gang,
     *,
+    each: int,
     length: int,
     values: Callable[[list[PackedBatch]], list[torch.Tensor]],
 ) -> np.ndarray:
-    """A number for both documents of each pair; replicas share the work. Every rank calls.
+    """A number for each document of each unit; replicas share the work. Every rank calls.
 
     Args:
-        units: pairs; none if None.
+        units: none if None.
         gang: this rank's place.
+        each: documents of a unit: 2 of a pair.
         length: tokens of a row.
         values: rows -> [D] of each, the same on every rank of the replica.
 
     Returns:
-        float32 [units, 2], the same on every rank.
+        float32 [units, each], the same on every rank.
     """
-    found = np.zeros((0 if units is None else len(units), 2), dtype=np.float32)
+    found = np.zeros((0 if units is None else len(units), each), dtype=np.float32)
     if units is None:
         return found
     order = PackOrder(units.lengths, capacity=length, seed=0, packing=Packing.BEST_FIT)
@@ -112,7 +118,7 @@ def values_of_pairs(
         numbers = [order.units(i) for i in mine[first : first + _AT_ONCE]]
         rows = [collate(units.pack(row), length=length, device=gang.device) for row in numbers]
         for row, value_D in zip(numbers, values(rows), strict=True):
-            found[row] = value_D.reshape(-1, 2).cpu().numpy()
+            found[row] = value_D.reshape(-1, each).cpu().numpy()
         board.beat()
     parts = gang.gather(found if gang.tensor_rank == 0 and gang.is_first_stage else None)
     return np.sum([part for part in parts if part is not None], axis=0, dtype=np.float32)

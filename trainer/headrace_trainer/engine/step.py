@@ -51,7 +51,8 @@ class Stepper:
     def means(self, sums: Sequence[float]) -> tuple[float, dict[str, float]]:
         """The gang's sums -> the mean loss, and the means of the objective's other figures by name."""
         total, count, *others = sums
-        return total / count, {name: value / count for name, value in zip(self.objective.METRICS, others, strict=True)}
+        means = {name: value / count for name, value in zip(self.objective.METRICS, others, strict=True)}
+        return total / count, self.objective.figures(means)
 
     def gradient_norm(self) -> float:
         """The norm of the whole gradient, before clipping; the same on every rank."""

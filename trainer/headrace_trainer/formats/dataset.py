@@ -6,7 +6,7 @@ fixed: sources as listed, files by name, records as they stand.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,18 @@ from headrace_trainer.errors import Stopped, UserError
 from headrace_trainer.formats.chat import Encoder
 from headrace_trainer.formats.files import StoredFile
 from headrace_trainer.formats.packs import Share, unit_length
-from headrace_trainer.formats.records import PromptRecord, Record, RecordSource, Shape, Tally, find_source, read_records
+from headrace_trainer.formats.records import (
+    BadRecord,
+    CompletionRecord,
+    PromptRecord,
+    Record,
+    RecordSource,
+    Shape,
+    Tally,
+    find_source,
+    read_records,
+    sides,
+)
 from headrace_trainer.formats.units import Units, UnitWriter
 
 RECORDS_FILE = "records.jsonl"
@@ -99,6 +110,8 @@ class _Builder:
         """
         tally, kept = Tally(name=source.name), _Kept()
         records = read_records(source, self.storage, allowed=self.allowed, scratch=self.scratch)
+        if Shape.LABEL in self.allowed:
+            records = _apart(records)
         for encoded in tally.good_ones(self.encoder.encode(records)):
             if tally.good % _ASK_EVERY == 0:
                 self._beat()
@@ -201,9 +214,20 @@ def _sources(
         yield RecordSource(name=field, files=files, left_out=()), data.records_weight or 1.0
 
 
+def _apart(records: Iterable[Record | BadRecord]) -> Iterator[Record | BadRecord]:
+    """The records, a pair as two of them."""
+    for record in records:
+        yield from (record,) if isinstance(record, BadRecord) else sides(record)
+
+
 def is_held_back(record: Record, *, fraction: float) -> bool:
-    """Whether a record is kept for validation: decided by its content alone, so that copies are on the same side."""
+    """Whether a record is kept for validation: decided by its content alone, so that copies are on the same side.
+
+    Of a labelled answer by its prompt: other answers to that prompt, such as the other side of its pair, tell too much.
+    """
     content = {name: value for name, value in vars(record).items() if name != "place"}
+    if isinstance(record, CompletionRecord) and record.label is not None:
+        content = {"prompt": record.prompt, "tools": record.tools}
     digest = hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS, default=str)).digest()
     return int.from_bytes(digest[:6], "big") / 2**48 < fraction
 

@@ -22,7 +22,7 @@ _SECOND = "#7a5195"
 _SMOOTHED_FROM = 150
 """From this many points on, the running mean is drawn over the noise."""
 _COLUMNS = 2
-_NO_FIGURES = frozenset({"step", "loss_hex", "lr", "tokens", "skipped", "rolled_back"})
+_NO_FIGURES = frozenset({"step", "loss_hex", "lr", "tokens", "skipped", "rolled_back", "kept", "stopped_early"})
 _HELD_OUT_PREFIX = "validation_"
 
 Record = dict[str, Any]

@@ -39,9 +39,14 @@ def _examples(number: int, unit: Unit, tokenizer: Any) -> Iterator[str]:
     sides = ("",) if len(unit) == 1 else (", chosen", ", rejected")
     for document, side in zip(unit, sides, strict=True):
         text = "".join(_marked(document, tokenizer))
-        longest = max((len(run) for run in re.findall("`+", text)), default=0)
-        fence = "`" * max(3, longest + 1)  # text that shows code must not end the block
-        yield f"### Example {number}{side}: {_facts(document)}\n\n{fence}text\n{text}\n{fence}\n"
+        yield f"### Example {number}{side}: {_facts(document)}\n\n{fenced(text)}\n"
+
+
+def fenced(text: str) -> str:
+    """The text as a block of Markdown, which no text can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _facts(document: Document) -> str:
@@ -57,14 +62,15 @@ def _marked(document: Document, tokenizer: Any) -> Iterator[str]:
     for i, end in enumerate(ends):
         # From the beginning each time: a part that is decoded alone loses the space before its first word.
         whole = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text, done = _shortened(whole[len(done) :]), whole
+        text, done = shortened(whole[len(done) :]), whole
         if i < _RUNS // 2 or i >= len(ends) - _RUNS // 2:
             yield f"{OPEN}{text}{CLOSE}" if document.mask[end - 1] else text
         elif i == _RUNS // 2:
             yield f"\n[... {len(ends) - _RUNS} more parts ...]\n"
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """The text, without the middle of a long one."""
     half = _RUN_CHARACTERS // 2
     if len(text) <= _RUN_CHARACTERS:
         return text

@@ -115,6 +115,11 @@ class Units:
         return digest.hexdigest()
 
     @property
+    def num_labelled(self) -> tuple[int, int]:
+        """Documents that are labelled as unwanted and as wanted."""
+        return int(np.count_nonzero(self._labels == 0)), int(np.count_nonzero(self._labels == 1))
+
+    @property
     def num_trained(self) -> int:
         """Tokens that are trained on, in all units."""
         return int(np.count_nonzero(self._mask))

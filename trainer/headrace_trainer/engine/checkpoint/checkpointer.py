@@ -102,12 +102,22 @@ class Checkpointer:
         """Whether this rank has done its part of what the checkpoint on its way waits for."""
         return self._saving is not None and self._saving[1].ready
 
-    def save(self, *, step: int, consumed_samples: int, extras: Callable[[], dict[str, str]]) -> None:
+    def save(
+        self,
+        *,
+        step: int,
+        consumed_samples: int,
+        extras: Callable[[], dict[str, str]],
+        steps: int | None = None,
+        protect: int | None = None,
+    ) -> None:
         """Begin a checkpoint of the state as it is now. The one before it must have been finished.
 
         Args:
             step: optimizer steps done.
             consumed_samples: number of the next sample.
+            steps: the run's last step, where it has become another.
+            protect: a step whose checkpoint stays in storage, however many come after it.
             extras: gives small text files to go with it, name -> content; called in a fork of rank 0.
 
         Raises:
@@ -122,9 +132,10 @@ class Checkpointer:
             staged=staged,
             write=self._writer.begin(staged),
             extras=extras,
-            describe=functools.partial(self._describe, step, consumed_samples),
+            describe=functools.partial(self._describe, step, consumed_samples, steps or self._steps),
             checkpoints=self._checkpoints,
             keep=self._settings.keep,
+            protect=protect,
             gang=self._gang,
         )
         self._saving = name, saving
@@ -209,6 +220,16 @@ class Checkpointer:
         found, _ = self._load_first([name for name in names if step_of(name) < before])
         return None if found is None else found.saved
 
+    def restore_at(self, step: int) -> SavedCheckpoint | None:
+        """Load a checkpoint of this training that was made after a step.
+
+        Returns:
+            What was loaded; None where there is none that can be.
+        """
+        names = self._gang.from_first(self._checkpoints.committed)
+        found, _ = self._load_first([name for name in names if step_of(name) == step])
+        return None if found is None else found.saved
+
     def _load_first(self, names: Sequence[str]) -> tuple[Start | None, dict[str, str]]:
         """Load the first checkpoint that can be loaded; why those before it could not."""
         passed_over: dict[str, str] = {}
@@ -243,13 +264,13 @@ class Checkpointer:
             message=message,
         )
 
-    def _describe(self, step: int, consumed_samples: int, files: list[ArtifactFile]) -> CheckpointManifest:
+    def _describe(self, step: int, consumed_samples: int, steps: int, files: list[ArtifactFile]) -> CheckpointManifest:
         return CheckpointManifest(
             stage=self._stage,
             identity=self._identity,
             attempt=self._attempt,
             step=step,
-            steps=self._steps,
+            steps=steps,
             consumed_samples=consumed_samples,
             layout=self._axes,
             created_at=datetime.now(UTC),

@@ -42,6 +42,7 @@ class Saving:
         describe: the manifest, from the list of files.
         checkpoints: where it will be.
         keep: how many stay there.
+        protect: a step whose checkpoint stays there besides.
         gang: this rank's place.
     """
 
@@ -55,10 +56,12 @@ class Saving:
         describe: Callable[[list[ArtifactFile]], CheckpointManifest],
         checkpoints: CheckpointStore,
         keep: int,
+        protect: int | None,
         gang: Gang,
     ) -> None:
         self._name, self._staged, self._write, self._extras = name, staged, write, extras
-        self._describe, self._checkpoints, self._keep, self._gang = describe, checkpoints, keep, gang
+        self._describe, self._checkpoints, self._gang = describe, checkpoints, gang
+        self._keep, self._protect = keep, protect
         self._writing: Background[Share] | None = Background(self._write_and_upload, without=write.state)
         self._committing: Background[CheckpointManifest | None] | None = None
         write.let_go()
@@ -133,6 +136,6 @@ class Saving:
             self._write.finish([share.written for share in shares])
             files = [file for share in shares for file in share.files]
             manifest = self._describe(files + [self._upload(self._staged / name) for name in COMMITTING_FILES])
-            self._checkpoints.commit(self._name, manifest, keep=self._keep)
+            self._checkpoints.commit(self._name, manifest, keep=self._keep, protect=self._protect)
         shutil.rmtree(self._staged, ignore_errors=True)
         return manifest

@@ -71,8 +71,14 @@ class CheckpointStore:
         sizes = {info.key: info.bytes for info in self.store.list(self.key(name, ""))}
         return manifest if all(sizes.get(self.key(name, f.path)) == f.bytes for f in manifest.files) else None
 
-    def commit(self, name: str, manifest: CheckpointManifest, *, keep: int) -> None:
+    def commit(self, name: str, manifest: CheckpointManifest, *, keep: int, protect: int | None = None) -> None:
         """Store the manifest, which makes the checkpoint exist; then remove what is older than the newest ``keep``.
+
+        Args:
+            name: the checkpoint's folder.
+            manifest: what it holds.
+            keep: how many stay.
+            protect: a step whose newest whole checkpoint stays besides.
 
         Raises:
             StorageError: a file is not there, or not as long as it was when it was sent.
@@ -82,7 +88,7 @@ class CheckpointStore:
         if self.read_manifest(name) is None:
             raise StorageError(f"{self.uri(name)}: not whole though it was just stored: check the storage's health")
         try:
-            self._prune(newest=name, keep=keep)
+            self._prune(newest=name, keep=keep, protect=protect)
         except StorageError as error:
             # The work is saved: too many copies of it are no reason to end the run.
             log.warning("old checkpoints could not be removed: %s", error)
@@ -99,7 +105,7 @@ class CheckpointStore:
         except StorageError as error:
             log.warning("that could not be noted in storage: %s", error)
 
-    def _prune(self, *, newest: str, keep: int) -> None:
+    def _prune(self, *, newest: str, keep: int, protect: int | None) -> None:
         """Remove what is older than the newest ``keep`` whole checkpoints, and older ones that were never finished.
 
         What a later attempt has stored is left alone: this one may be a node that was taken for dead.
@@ -110,12 +116,14 @@ class CheckpointStore:
         for name in newest_first(_folders(paths)):
             if step_of(name) > step_of(newest) or attempt_of(name) > attempt_of(newest):
                 continue
-            if kept == keep or name not in committed:
+            needed = kept < keep or step_of(name) == protect
+            if not needed or name not in committed:
                 # The manifest goes first: what is half removed is no longer committed.
                 self.store.delete(self.key(name, MANIFEST_FILE))
                 self.store.delete(self.key(name, ""))
             elif name not in marked and self.read_manifest(name) is not None:
-                kept += 1
+                kept += kept < keep
+                protect = None if step_of(name) == protect else protect
 
     def _paths(self) -> list[str]:
         prefix = f"{self.root}/"

@@ -1,7 +1,7 @@
 """A model that trains, made ready to draw tokens for as long as a block runs; then it is as it was.
 
-Nothing here changes what is computed. Sequence parallelism is off, which cannot split one position. Attention takes masks
-and cached keys. And what Megatron does round the operations of a layer, which for one position costs more than the
+Nothing here changes what is computed, but for fp8, whose kernels take no single position: it is off. Sequence parallelism is off
+too, which cannot split one position. Attention takes masks and cached keys. And what Megatron does round the operations of a layer, which for one position costs more than the
 operations, is left out: its layers are run by the few lines below, linears on one tensor rank by torch's.
 
 Shapes: S positions of one pass, B sequences, H hidden size.
@@ -36,12 +36,13 @@ def ready_to_generate(model: MegatronModule) -> Iterator[None]:
     Args:
         model: from ``build_model``, wrapped or not.
     """
-    was_training, modules = model.training, list(model.modules())
+    was_training, modules, fp8 = model.training, list(model.modules()), model.config.fp8
     holders = [model.config, *modules]
     splits = [(holder, name) for holder in holders for name in _SPLITS_SEQUENCE if getattr(holder, name, None) is True]
     attentions = [(layer, layer.core_attention) for layer in modules if isinstance(layer, SelfAttention)]
     thin = [(module, forward) for module in modules if (forward := _thin_forward(module)) is not None]
     model.eval()
+    model.config.fp8 = None
     for holder, name in splits:
         setattr(holder, name, False)
     for layer, core in attentions:
@@ -57,6 +58,7 @@ def ready_to_generate(model: MegatronModule) -> Iterator[None]:
             layer.core_attention = core
         for holder, name in splits:
             setattr(holder, name, True)
+        model.config.fp8 = fp8
         model.train(was_training)
 
 

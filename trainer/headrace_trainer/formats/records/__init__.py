@@ -16,6 +16,7 @@ from headrace_trainer.formats.records.shapes import (
     Record,
     Shape,
     TextRecord,
+    sides,
 )
 from headrace_trainer.formats.records.sources import RecordSource, find_source, read_records
 
@@ -39,4 +40,5 @@ __all__ = [
     "Unusable",
     "find_source",
     "read_records",
+    "sides",
 ]

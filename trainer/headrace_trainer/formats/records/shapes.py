@@ -24,9 +24,9 @@ Tools = list[dict[str, Any]]
 class Shape(Enum):
     """Which columns a record has, the most telling first; the value names them."""
 
+    LABEL = ("prompt", "completion", "label")
     PAIR = ("prompt", "chosen", "rejected")
     IMPLICIT_PAIR = ("chosen", "rejected")
-    LABEL = ("prompt", "completion", "label")
     COMPLETION = ("prompt", "completion")
     MESSAGES = ("messages",)
     TEXT = ("text",)
@@ -44,7 +44,8 @@ class Shape(Enum):
 
 SFT_SHAPES = frozenset({Shape.TEXT, Shape.MESSAGES, Shape.COMPLETION})
 PAIR_SHAPES = frozenset({Shape.PAIR, Shape.IMPLICIT_PAIR})
-KTO_SHAPES = frozenset({Shape.LABEL})
+KTO_SHAPES = frozenset({Shape.LABEL, Shape.PAIR, Shape.IMPLICIT_PAIR})
+"""Of a stage that learns from single answers; ``sides`` makes them of pairs."""
 PROMPT_SHAPES = frozenset({Shape.PROMPT})
 
 _OPTIONAL = {
@@ -106,6 +107,17 @@ class PairRecord:
 
 
 Record = TextRecord | ChatRecord | PromptRecord | CompletionRecord | PairRecord
+
+
+def sides(record: Record) -> tuple[Record, ...]:
+    """A pair as two labelled completions, the wanted one first; any other record as it is."""
+    if not isinstance(record, PairRecord):
+        return (record,)
+    labelled = ((record.chosen, True), (record.rejected, False))
+    return tuple(
+        CompletionRecord(place=record.place, prompt=record.prompt, completion=text, label=label, tools=record.tools)
+        for text, label in labelled
+    )
 
 
 def shape_of(row: Row, allowed: Collection[Shape]) -> Shape | None:

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from headrace_trainer.engine.answers import Answered
 from headrace_trainer.stages.evaluate.curve import CURVE_FILE
 from headrace_trainer.stages.evaluate.measures import perplexity, surprisal
-from headrace_trainer.stages.evaluate.questions import Answered
 
 _CONTEXT_TOKENS = 12
 _CONTEXT_CHARACTERS = 48

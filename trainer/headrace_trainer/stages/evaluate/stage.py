@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from headrace_api.stages import Evaluate
 from headrace_api.stages.evaluate import meets
+from headrace_trainer.engine.answers import Answered, answers
 from headrace_trainer.engine.model.loading import load_model
 from headrace_trainer.engine.parallel import Gang, join_gang
 from headrace_trainer.errors import Stopped, UserError
@@ -23,7 +24,7 @@ from headrace_trainer.stage import StageContext
 from headrace_trainer.stages.evaluate.curve import CURVE_FILE, draw_curve
 from headrace_trainer.stages.evaluate.losses import evaluation_layout, token_losses
 from headrace_trainer.stages.evaluate.measures import bits_per_byte, perplexity
-from headrace_trainer.stages.evaluate.questions import Answered, Asked, answers, read_questions
+from headrace_trainer.stages.evaluate.questions import Asked, read_questions
 from headrace_trainer.stages.evaluate.report import choose_examples, write_report
 from headrace_trainer.stages.evaluate.unigram import unigram_losses
 
@@ -94,7 +95,13 @@ def _measure(ctx: StageContext, card: ModelCard, trained: Path, samples: TokenDa
             losses_NT=token_losses(model, samples, gang=ranks, num_windows=num_windows, tell=tell),
             answers={
                 asked.metric: answers(
-                    model, asked, card, gang=ranks, tell=partial(tell, total=len(asked.questions), unit="questions")
+                    model,
+                    asked.questions,
+                    tokenizer=asked.encoder.tokenizer,
+                    card=card,
+                    max_tokens=asked.max_tokens,
+                    gang=ranks,
+                    tell=partial(tell, total=len(asked.questions), unit="questions"),
                 )
                 for asked in exam
             },

@@ -12,6 +12,7 @@ from headrace_api.stages import Pretrain
 from headrace_trainer.engine import assembly
 from headrace_trainer.engine.assembly import Task, final_metrics, leave_model
 from headrace_trainer.engine.batches import Samples
+from headrace_trainer.engine.documents import NextTokenInDocument
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import check_precision
 from headrace_trainer.engine.model.start import fill_start_weights
@@ -76,7 +77,7 @@ def build_loop(ctx: StageContext, gang: Gang, card: ModelCard, *, training: Samp
         config=config,
         steps=config.steps,
         card=card,
-        objective=NextToken(),
+        objective=NextTokenInDocument(begins=card.eod_id) if config.document_mask else NextToken(),
         training=training,
         validation=validation,
         fill=lambda model: fill_start_weights(model, card.architecture, seed=ctx.resolved.seed),

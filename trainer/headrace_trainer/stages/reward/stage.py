@@ -14,7 +14,7 @@ from headrace_trainer.engine.forward import forward_passes
 from headrace_trainer.engine.loop import Loop
 from headrace_trainer.engine.model.build import Head
 from headrace_trainer.engine.packed import PackedBatch
-from headrace_trainer.engine.packs import packs_of, values_of_pairs
+from headrace_trainer.engine.packs import packs_of, values_of_documents
 from headrace_trainer.engine.parallel import Gang
 from headrace_trainer.engine.scoring import PairScores
 from headrace_trainer.formats.records import PAIR_SHAPES
@@ -65,6 +65,6 @@ def _assess(loop: Loop, start: Start) -> Trust | None:
         found = forward_passes(model, rows, lambda m, row: (row.run(m), lambda out: out[0, :, 0]), shape=(length,))
         return [row.lasts(row_T[None]) for row, row_T in zip(rows, found, strict=True)]
 
-    scores_N2 = values_of_pairs(held_out, loop.gang, length=length, values=last)
+    scores_N2 = values_of_documents(held_out, loop.gang, each=2, length=length, values=last)
     lengths_N2 = np.array([[len(document) for document in held_out[i]] for i in range(len(held_out))])
     return assess(scores_N2, lengths_N2)
