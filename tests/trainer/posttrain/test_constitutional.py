@@ -539,45 +539,61 @@ def test_conversations_stay_conversations(base: Base, taught: ArtifactRef, tmp_p
     assert rows(ref)[0]["passes"][0]["critique"] == "It is rude."
 
 
-def choosing_rank(rank: int, world: int, folder: Path, layout: dict[str, int]) -> list[Any]:
-    """What a model says to choices, in turns and in plain text, one too long."""
+TURN_BY_TURN = (
+    "{% for turn in messages %}{% if turn['role'] == 'assistant' %}{% generation %}{{ turn['content'] + eos_token }}"
+    "{% endgeneration %}{% else %}{{ turn['content'] + '\\n' }}{% endif %}{% endfor %}"
+)
+"""A template that needs no tokens of its own."""
+
+
+def choosing_rank(rank: int, world: int, folder: Path, tokenizer: Path, layout: dict[str, int]) -> list[Any]:
+    """What a model says to choices, in turns and in plain text, one too long, and one with a control token."""
     from headrace_api.parallelism import Layout
     from headrace_trainer.engine.model.loading import load_model
     from headrace_trainer.engine.parallel import join_gang
-    from headrace_trainer.formats.model_card import TOKENIZER_FOLDER, read_card
+    from headrace_trainer.formats.chat.tokens import load
+    from headrace_trainer.formats.model_card import read_card
     from headrace_trainer.stages.constitutional.asking import Ask
     from headrace_trainer.stages.constitutional.speakers import ModelSpeaker
 
     card = read_card(folder)
     with join_gang(Layout(**layout), rank=rank, local_rank=rank, local_world=world, seed=1) as ranks:
         model: Any = load_model(card, folder, ranks)
-        tokenizer, stops = folder / TOKENIZER_FOLDER, frozenset(card.stop_ids)
+        stops = frozenset([card.eod_id])
         speaker = ModelSpeaker(model, tokenizer=tokenizer, stop_tokens=stops, length=64, seed=1, gang=ranks)
         turns = [
             {"role": "user", "content": "Which?"},
             {"role": "assistant", "content": "Hm."},
             {"role": "user", "content": "A or B?"},
         ]
+        control = [{"role": "user", "content": load(tokenizer).eos_token}]
         asks = [
             Ask(id="turns", text=turns, options=("A", "B")),
             Ask(id="turned", text=turns, options=("B", "A")),
-            Ask(id="plain", text="a b:", options=(" a", " b")),
+            Ask(id="plain", text="The keeper of the", options=(" lighthouse", " fog")),
             Ask(id="long", text="a " * 200, options=(" a", " b")),
-            Ask(id="control", text=[{"role": "user", "content": "<|im_end|>"}], options=("A", "B")),
+            Ask(id="control", text=control, options=("A", "B")),
         ]
         return speaker.choose(asks)
 
 
-@pytest.mark.parametrize("layout", [TP1, TP2, PP2], ids=["TP1", "TP2", "PP2"])
-def test_a_model_gives_two_replies_probabilities_that_add_up_under_any_layout(
-    taught: ArtifactRef, layout: dict[str, int]
-) -> None:
-    world = layout["tensor"] * layout["pipeline"]
-    for ended in gang(choosing_rank, world, Path(taught.uri), layout):
-        turns, turned, plain, too_long, control = ended.value
-        assert turns + turned == pytest.approx(1, abs=1e-6)
-        assert 0 < turns < 1 and plain > 0.9, "it was taught the first letter"
-        assert too_long.reason == "tooLong" and control.reason == "template"
+def test_a_model_gives_two_replies_probabilities_that_add_up_under_any_layout(base: Base, tmp_path: Path) -> None:
+    from headrace_trainer.formats.chat import with_chat_template
+
+    folder, tokenizer = Path(base.model.uri), tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    with_chat_template(folder / "tokenizer", tokenizer, template=TURN_BY_TURN)
+    found = {}
+    for name, layout in {"one": TP1, "TP2": TP2, "PP2": PP2}.items():
+        for ended in gang(choosing_rank, layout["tensor"] * layout["pipeline"], folder, tokenizer, layout):
+            assert not ended.error, ended
+            turns, turned, plain, too_long, control = ended.value
+            assert turns + turned == pytest.approx(1, abs=1e-6)
+            assert 0 < turns < 1 and 0 < plain < 1
+            assert too_long.reason == "tooLong" and control.reason == "template"
+            found[name] = (turns, plain)
+    for name, probabilities in found.items():
+        assert probabilities == pytest.approx(found["one"], abs=1e-5), name
 
 
 # Preferences ------------------------------------------------------------------------------------------------------
