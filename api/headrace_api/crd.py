@@ -129,12 +129,13 @@ def _structural(node: Schema, defs: Schema) -> Schema:
 
 
 def _property(node: Schema, defs: Schema, *, required: bool) -> Schema:
-    """A field's schema. An optional, non-nullable block defaults to its fields' defaults, spelled out: Kubernetes
-    checks a default against the block's rules before it fills in any other default."""
+    """A field's schema. An optional, non-nullable block defaults to what its class says, spelled out: Kubernetes checks a
+    default against the block's rules before it fills in any other default."""
     out = _structural(node, defs)
     may_be_nothing = any(option.get("type") == "null" for option in node.get("anyOf", []))
     if "properties" in out and not required and not may_be_nothing:
-        out["default"] = {k: v["default"] for k, v in out["properties"].items() if "default" in v}
+        of_fields = {k: v["default"] for k, v in out["properties"].items() if "default" in v}
+        out["default"] = of_fields | {k: v for k, v in out.get("default", {}).items() if v is not None}
     return out
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from headrace_api import crd
+from headrace_api.base import Spec
 from headrace_api.stages import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,20 @@ def test_the_committed_files_are_what_a_new_process_generates():
 def test_the_committed_files_are_what_the_classes_generate():
     for path, text in crd.files():
         assert (ROOT / path).read_text() == text, f"{path} is stale; run `make crds`"
+
+
+def test_a_block_that_is_left_out_is_what_its_class_says():
+    """Not what the block's own class says: sft and pretrain share a schedule, and begin with other rates."""
+    properties = _schema()["properties"]["spec"]["properties"]["stages"]["items"]["properties"]
+    blocks = 0
+    for kind, config in KINDS.items():
+        for name, field in config.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            if isinstance(default, Spec):
+                said = properties[kind]["properties"][field.alias or name]["default"]
+                assert type(default).model_validate(said) == default, (kind, name)
+                blocks += 1
+    assert blocks > 20
 
 
 def test_the_schema_is_structural():

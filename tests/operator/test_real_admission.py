@@ -18,6 +18,7 @@ from builders import manifest
 from headrace_api import crd
 from headrace_api.errors import Body, ManifestError, parse_run
 from headrace_api.runtime import TrainingRuntime
+from headrace_api.stages import KINDS, StartsFromModel
 from manifests import PLAIN_SCALARS, Manifests, runtime_schema, seed_of_this_test
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,7 @@ _PRINCIPLE: Json = {
     "comparisonQuestion": "Which is kinder?",
 }
 _CONSTITUTION: Json = {"version": "1", "principles": [_PRINCIPLE]}
+TUNED = [kind for kind, config in KINDS.items() if issubclass(config, StartsFromModel)]
 _NEEDED: dict[str, Json] = {"rl": {"rewards": [_RULE]}, "constitutional": {"constitution": _CONSTITUTION}}
 """What a kind needs besides a model and records."""
 
@@ -384,8 +386,10 @@ def test_a_rule_refuses_alone_what_it_is_there_to_refuse(admission: Admission, p
         TrainingRuntime.model_validate(value) if of_runtimes else parse_run(value, body=Body.CLUSTER)
 
 
-def test_a_good_manifest_is_taken_with_the_defaults_of_the_classes(admission: Admission) -> None:
-    value = manifest()
+@pytest.mark.parametrize("kind", ["", *TUNED])
+def test_a_good_manifest_is_taken_with_the_defaults_of_the_classes(admission: Admission, kind: str) -> None:
+    """The plain stages alone, and then one more that starts from a model."""
+    value = _changed(_tuned(kind), value=manifest()) if kind else manifest()
     assert admission.refusals(value) == []
     assert parse_run(admission.create(value), body=Body.CLUSTER).spec == parse_run(value).spec
 

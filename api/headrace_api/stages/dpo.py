@@ -84,7 +84,7 @@ class Dpo(OfflineFinetune, Sampled):
     """labelSmoothing is the probability that a label is wrong; for cdpo and robust."""
     length_normalized: bool = False
     """lengthNormalized takes the mean log-probability of an answer's tokens, not their sum."""
-    schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-6))
+    schedule: Schedule = Schedule(learning_rate=1e-6)
     """schedule is the learning rate over the run; learningRate is 1e-6 if the block is left out."""
 
     @property

@@ -139,7 +139,7 @@ class Finetune(StartsFromModel, Training):
     """adapter trains a small addition to the model, which itself stays as it is; if unset, every weight is trained. The stage leaves both the model with the addition merged into it and the adapter alone. A new scalar head is always trained."""
     global_batch_size: int = Field(16, ge=1, le=2**24)
     """globalBatchSize is the number of samples in a step, over all ranks."""
-    schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=2e-5))
+    schedule: Schedule = Schedule(learning_rate=2e-5)
     """schedule is the learning rate over the run; learningRate is 2e-5 if the block is left out."""
 
 

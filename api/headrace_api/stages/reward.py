@@ -15,5 +15,5 @@ class Reward(OfflineFinetune):
 
     centering: float = Field(0.01, ge=0, le=10)
     """centering is the weight of the squared sum of a pair's scores, which keeps scores around 0; 0 leaves it out."""
-    schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-5))
+    schedule: Schedule = Schedule(learning_rate=1e-5)
     """schedule is the learning rate over the run; learningRate is 1e-5 if the block is left out."""

@@ -235,9 +235,9 @@ class Rl(Finetune, Sampled):
     """maxFailedShare bounds the share of an iteration's rewards that could not be had, as a score that is not a number; below it they are counted and teach nothing."""
     rails: Annotated[Rails, Part.EXECUTION] = Field(default_factory=Rails)
     """rails bound an iteration's figures, each with what follows."""
-    schedule: Schedule = Field(default_factory=lambda: Schedule(learning_rate=1e-6))
+    schedule: Schedule = Schedule(learning_rate=1e-6)
     """schedule is the learning rate over the run; learningRate is 1e-6 if the block is left out."""
-    optimizer: Optimizer = Field(default_factory=lambda: Optimizer(weight_decay=0.0))
+    optimizer: Optimizer = Optimizer(weight_decay=0.0)
     """optimizer holds AdamW's constants; weightDecay is 0 if the block is left out."""
 
     @property
