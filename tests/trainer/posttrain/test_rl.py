@@ -125,6 +125,13 @@ def test_rewards_of_other_answers_teach_nothing(base: Base, tmp_path: Path) -> N
     assert mean(records[-4:]) < 0.45
 
 
+def test_an_epoch_has_each_prompt_as_often_as_its_source_weighs(base: Base, tmp_path: Path) -> None:
+    prompts = write_records(tmp_path / "more.jsonl", [{"prompt": f"Name the {word}: "} for word in WORDS])
+    data = {"sources": [{"uri": str(prompts), "weight": 0.5}]}
+    sizes = {"promptsPerIteration": 2, "groupSize": 2, "globalBatchSize": 4, "microBatchSize": 4, "epochs": 1}
+    assert len(trained(rl(base, tmp_path, data=data, **sizes), tmp_path)) == len(WORDS) // 2 // 2
+
+
 TWO_STEPS = {"epochs": 2, "globalBatchSize": 24, "kl": {"coefficient": 0.05}, "ppo": {"missingEosPenalty": 0}}
 """Two steps an iteration, four iterations."""
 
@@ -235,7 +242,7 @@ def test_scores_that_are_not_numbers_are_counted_and_bounded(base: Base, tmp_pat
     sizes = {"promptsPerIteration": 2, "groupSize": 4, "globalBatchSize": 8, "microBatchSize": 4}
     config = rl(base, tmp_path, **sizes, maxFailedShare=0.2).stage.rl
     assert config is not None
-    parts: Any = SimpleNamespace(prompts=[0] * 2, worth=worth_of(config), seed=0)
+    parts: Any = SimpleNamespace(order=SimpleNamespace(packs_per_epoch=2), worth=worth_of(config), seed=0)
     assert set(vars(parts)) <= {field.name for field in fields(Parts)}
     rollouts = Rollouts(config, None, parts)  # type: ignore[arg-type]
 

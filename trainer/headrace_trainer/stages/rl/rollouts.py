@@ -62,7 +62,7 @@ class Rollouts(Hooks):
 
     def __init__(self, config: Rl, gang: Gang, parts: Parts) -> None:
         self._config, self._gang, self._parts = config, gang, parts
-        self.num_samples = len(parts.prompts) * config.group_size * config.epochs_per_iteration
+        self.num_samples = parts.order.packs_per_epoch * config.group_size * config.epochs_per_iteration
         self._per_iteration = config.epochs_per_iteration * config.answers_per_iteration
         self._coefficient = self._next_coefficient = config.kl.coefficient
         self._iteration: int | None = None
