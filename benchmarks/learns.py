@@ -57,8 +57,8 @@ class Size:
 
 
 SIZES = {
-    "full": Size(pretrain_tokens="400k", sft_epochs=6, rl_answers=6144, pairs=1200, asked=200),
-    "small": Size(pretrain_tokens="50k", sft_epochs=6, rl_answers=3072, pairs=600, asked=60),
+    "full": Size(pretrain_tokens="400k", sft_epochs=4, rl_answers=6144, pairs=1200, asked=200),
+    "small": Size(pretrain_tokens="50k", sft_epochs=4, rl_answers=3072, pairs=600, asked=60),
 }
 
 
@@ -176,8 +176,8 @@ def manifest(records: Path, text: Path, size: Size, lessons: Sequence[str]) -> d
         common = {"sequenceLength": LENGTH, "precision": "fp32", "schedule": schedule}
         return {"from": {"model": model}, **common, **fields}
 
-    def demonstrated(name: str) -> dict[str, Any]:
-        return block("base", 3e-3, data=data(name), epochs=size.sft_epochs, globalBatchSize=8, microBatchSize=8)
+    def demonstrated(name: str, *, model: str = "base", epochs: float = size.sft_epochs) -> dict[str, Any]:
+        return block(model, 3e-3, data=data(name), epochs=epochs, globalBatchSize=8, microBatchSize=8)
 
     def paired(name: str, model: str, held_out: str, rate: float, **fields: Any) -> dict[str, Any]:
         fields |= {"data": data(name, held_out), "globalBatchSize": 16, "microBatchSize": 16}
@@ -233,7 +233,7 @@ def manifest(records: Path, text: Path, size: Size, lessons: Sequence[str]) -> d
             evaluated("sft-ablation"),
         ]
     if {*lessons} - {"sft", "reward"}:
-        stages += [{"name": "mixed", "sft": demonstrated("mixed")}, evaluated("mixed")]
+        stages += [{"name": "mixed", "sft": demonstrated("mixed", model="sft", epochs=1)}, evaluated("mixed")]
     for algorithm in (a for a in ALGORITHMS if a in lessons):
         for name, prompts in ((algorithm, "prompts"), (f"{algorithm}-ablation", "prompts-ablation")):
             stages += [{"name": name, "rl": rewarded(prompts, algorithm)}, evaluated(name)]
