@@ -239,7 +239,8 @@ class Person:
         self.seen = self.seen.partition(text)[2]
 
     def presses_until(self, key, text, *, times=60):
-        """Ctrl-D is lost if it comes between the prompt and the moment when the line editor takes the terminal over."""
+        """A key is lost now and then: Ctrl-D, if it comes between the prompt and the moment when the line editor takes the
+        terminal over, and Ctrl-C on a machine with much else to do. People press it again."""
         for _ in range(times):
             self.types(key)
             try:
@@ -269,8 +270,7 @@ def test_a_conversation_on_a_terminal(speaker, person):
     person.waits_for("> ")
     person.types("Count\n")
     person.waits_for("one ")
-    person.types("\x03")
-    person.waits_for("(stopped)")
+    person.presses_until("\x03", "(stopped)")
     held.set()
     person.waits_for("> ")
     person.types("never mind\x03")
