@@ -48,10 +48,10 @@ def principles(**fields: Any) -> dict[str, Any]:
             "principles: 'kind': is used twice; names must be unique in a constitution",
         ),
         ({"constitution": {"version": "1", "principles": [PRINCIPLE] * 33}}, "at most 32"),
-        ({"constitution": principles(rule={})}, ": 'none': set either forbids or requires"),
+        ({"constitution": principles(rule={})}, "Value error, : 'none': set either forbids or requires"),
         (
             {"constitution": principles(rule={"forbids": {"exactMatch": {}}, "requires": {"exactMatch": {}}})},
-            ": 'both': set either forbids or requires",
+            "Value error, : 'both': set either forbids or requires",
         ),
         ({"constitution": principles(rule={"forbids": {"regex": {"pattern": "("}}})}, "is not a regular expression"),
         ({"constitution": principles(critiqueRequest="")}, "critiqueRequest"),

@@ -205,6 +205,17 @@ def test_fewer_micro_batches_than_stages_are_in_flight_at_once() -> None:
     layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
     loss = (2 * 2 * 4096 + 4 * 32_768) // 4
     assert estimate.activation_bytes_per_rank == 2 * 128 * (16 * layer + loss)  # the last stage: one of two samples
+
+
+def test_the_first_of_four_stages_holds_the_two_micro_batches_that_there_are() -> None:
+    run = seven_billion(
+        compute={"nodes": 8, "gpusPerNode": 8}, parallelism={"tensor": 4, "pipeline": 4}, microBatchSize=2
+    )
+    pretrain = run.spec.stages[3].pretrain
+    assert pretrain is not None
+    estimate = estimate_training(pretrain, LLAMA_7B, num_ranks=64, vocab_size=VOCAB, on_gpus=True)
+    layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
+    assert estimate.activation_bytes_per_rank == 2 * 2 * 128 * 8 * layer
     assert type(estimate.activation_bytes_per_rank) is int
 
 
