@@ -13,7 +13,7 @@ import yaml
 
 from headrace_api import GROUP, VERSION
 from headrace_api.base import cel_number, rule
-from headrace_api.run import ObjectMeta, TrainingRun
+from headrace_api.run import TrainingRun
 from headrace_api.runtime import TrainingRuntime
 
 Schema = dict[str, Any]
@@ -24,7 +24,7 @@ FOLDERS = ("manifests/crd", "charts/headrace/files/crd")
 _BOUND = 1_048_576
 """The default bound of a string's length (_ITEMS: a list's). CEL's cost estimate needs one."""
 _ITEMS = 64
-_DROPPED = ("title", "$defs", "additionalProperties", "discriminator", "examples")
+_DROPPED = ("title", "$defs", "additionalProperties", "propertyNames", "default")
 
 _COLUMNS = [
     ("Stage", "string", ".status.stage"),
@@ -75,12 +75,12 @@ def _crd(kind: str, plural: str, *, scope: str, short: str, version: Schema) -> 
 
 
 def _object_schema(model: type[TrainingRun] | type[TrainingRuntime]) -> Schema:
-    raw = model.model_json_schema(by_alias=True, mode="validation")
-    schema = _structural(raw, raw.get("$defs", {}))
+    raw = model.model_json_schema()
+    schema = _structural(raw, raw["$defs"])
     # The API server owns these three; a full schema of ours would only interfere.
     schema["properties"]["apiVersion"] = {"type": "string"}
     schema["properties"]["kind"] = {"type": "string"}
-    name = _structural(ObjectMeta.model_json_schema(by_alias=True)["properties"]["name"], {})
+    name = schema["properties"]["metadata"]["properties"]["name"]
     schema["properties"]["metadata"] = {"type": "object", "properties": {"name": name}}
     schema["required"] = ["spec"]
     if "status" in schema["properties"]:
@@ -94,16 +94,14 @@ def _without_defaults(node: Any) -> Any:
         return [_without_defaults(v) for v in node]
     if not isinstance(node, dict):
         return node
-    return {k: _without_defaults(v) for k, v in node.items() if k != "default" or (isinstance(v, dict) and "type" in v)}
+    return {k: _without_defaults(v) for k, v in node.items() if k != "default"}
 
 
 def _structural(node: Schema, defs: Schema) -> Schema:
     """A schema node in Kubernetes' dialect: no references, no unions with null, every list and string bounded."""
     node = _resolve(node, defs)
     default = node.get("default")
-    out = {k: v for k, v in node.items() if k not in (*_DROPPED, "default", "anyOf", "allOf", "const")}
-    if "const" in node:
-        out |= {"type": "string", "enum": [node["const"]]}
+    out = {k: v for k, v in node.items() if k not in _DROPPED}
     if "properties" in node:
         required = node.get("required", [])
         out["properties"] = {k: _property(v, defs, required=k in required) for k, v in node["properties"].items()}
@@ -111,16 +109,11 @@ def _structural(node: Schema, defs: Schema) -> Schema:
         out |= {"items": _structural(node["items"], defs), "maxItems": node.get("maxItems", _ITEMS)}
         out |= _list_kind(out["items"])
     if out.get("type") == "object" and "properties" not in out and not out.get("x-kubernetes-preserve-unknown-fields"):
-        values = node.get("additionalProperties")
-        out["additionalProperties"] = _structural(values, defs) if isinstance(values, dict) else {"type": "string"}
+        out["additionalProperties"] = _structural(node["additionalProperties"], defs)
         out.setdefault("maxProperties", _ITEMS)
-    out.pop("propertyNames", None)
-    out.pop("patternProperties", None)
     _bound_numbers(out)
     if out.get("type") == "string" and "enum" not in out and "format" not in out:
         out.setdefault("maxLength", _BOUND)
-    if out.get("format") == "date-time":
-        out.pop("maxLength", None)
     if out.get("x-kubernetes-int-or-string"):
         _bound_quantity(out)
     if default is not None:

@@ -219,8 +219,8 @@ class ModelSpec(Spec):
         return Architecture.model_validate({**base, **over})
 
     def dump_without(self, parts: Collection[Part]) -> dict[str, Any]:
-        """All dimensions: a preset equals its dimensions written out."""
-        return self.architecture.dump_without(parts)
+        """All dimensions, each of which determines the result: a preset equals its dimensions written out."""
+        return self.architecture.dump()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

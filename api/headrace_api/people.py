@@ -1,6 +1,7 @@
 """Human-readable figures: ``1.2B`` parameters, ``13.5 GB``, ``1h1m``. Machine-readable output keeps full precision."""
 
 import math
+from itertools import dropwhile
 
 _UNKNOWN = "?"
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -27,8 +28,8 @@ def people_time(seconds: float) -> str:
     for size, unit in _TIMES:
         count, left = divmod(left, size)
         parts.append((count, unit))
-    first = next((i for i, (count, _) in enumerate(parts) if count), len(parts) - 1)
-    return "".join(f"{count}{unit}" for count, unit in parts[first : first + 2] if count) or "0s"
+    largest = list(dropwhile(lambda part: part[0] == 0, parts))
+    return "".join(f"{count}{unit}" for count, unit in largest[:2] if count) or "0s"
 
 
 def _scaled(number: float, units: tuple[tuple[float, str], ...], *, unit: str) -> str:

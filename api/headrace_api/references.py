@@ -102,7 +102,7 @@ def architecture_of(name: str, stages: Mapping[str, Stage]) -> Architecture | No
 
 
 def _check_input(i: int, stage: Stage, *, slot: str, source: str, seen: dict[str, Stage]) -> None:
-    field, wanted = f"stages[{i}].{stage.kind}.from.{slot}", stage.config.accepts()[slot]
+    field, (wanted, _) = f"stages[{i}].{stage.kind}.from.{slot}", stage.config.slots()[slot]
     fitting = [name for name, other in seen.items() if wanted == other.config.GIVES]
     remedy = f"use {' or '.join(fitting)}" if fitting else f"add an earlier stage that produces a {wanted}"
     if source not in seen:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from headrace_api import crd
@@ -54,6 +55,62 @@ def test_a_block_that_is_left_out_is_what_its_class_says():
                 assert type(default).model_validate(said) == default, (kind, name)
                 blocks += 1
     assert blocks > 20
+
+
+_BLOCK = {"type": "object", "title": "Block", "properties": {"n": {"type": "number", "default": 1.0}}}
+_SPELLED = {"type": "object", "properties": {"n": {"type": "number", "default": 1.0}}}
+_NULL = {"type": "null"}
+_TEXT = {"type": "string", "maxLength": 1_048_576}
+NODES = [
+    ("text is bounded", {"type": "string", "title": "Name"}, _TEXT),
+    ("its own bound stays", {"type": "string", "maxLength": 9}, {"type": "string", "maxLength": 9}),
+    ("choices bound themselves", {"type": "string", "enum": ["a"]}, {"type": "string", "enum": ["a"]}),
+    ("a time has its form", {"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}),
+    ("null is a field left out", {"anyOf": [{"type": "boolean"}, _NULL], "default": None}, {"type": "boolean"}),
+    ("a false default is one", {"type": "boolean", "default": False}, {"type": "boolean", "default": False}),
+    ("a whole number has a format", {"type": "integer", "minimum": 1}, {"type": "integer", "minimum": 1, "format": "int64"}),
+    (
+        "exclusive bounds are flags",
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 2},
+        {"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": 2, "exclusiveMaximum": True},
+    ),
+    ("a reference is what it names", {"$ref": "#/$defs/Block"}, _SPELLED),
+    (
+        "the field's description wins",
+        {"anyOf": [{"$ref": "#/$defs/Block", "description": "a"}, _NULL], "description": "b"},
+        {**_SPELLED, "description": "b"},
+    ),
+    (
+        "a list is bounded",
+        {"type": "array", "items": {"$ref": "#/$defs/Block"}},
+        {"type": "array", "items": _SPELLED, "maxItems": 64, "x-kubernetes-list-type": "atomic"},
+    ),
+    (
+        "its own length stays",
+        {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+        {"type": "array", "items": _TEXT, "maxItems": 3, "x-kubernetes-list-type": "atomic"},
+    ),
+    (
+        "a mapping's values are resolved and its keys left alone",
+        {"type": "object", "additionalProperties": {"$ref": "#/$defs/Block"}, "propertyNames": {"maxLength": 3}},
+        {"type": "object", "additionalProperties": _SPELLED, "maxProperties": 64},
+    ),
+    (
+        "what the API server may not look into is left alone",
+        {"type": "object", "additionalProperties": True, "x-kubernetes-preserve-unknown-fields": True},
+        {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+    ),
+    (
+        "a block that may be left out is spelled out",
+        {"type": "object", "properties": {"b": {"$ref": "#/$defs/Block"}, "c": {"$ref": "#/$defs/Block"}}, "required": ["c"]},
+        {"type": "object", "properties": {"b": {**_SPELLED, "default": {"n": 1.0}}, "c": _SPELLED}, "required": ["c"]},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("node", "expected"), [row[1:] for row in NODES], ids=[row[0] for row in NODES])
+def test_a_node_of_a_schema_in_kubernetes_dialect(node: dict[str, Any], expected: dict[str, Any]):
+    assert crd._structural(node, {"Block": _BLOCK}) == expected
 
 
 def test_the_schema_is_structural():

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from headrace_api import crd
 from headrace_api.stages.data import Data, RecordFormat, Records, cel_sources_absolute, cel_validation_absolute
+from headrace_api.storage import cel_is_absolute
 
 SOURCES = [{"uri": "s3://bucket/chat"}]
 
@@ -45,11 +46,14 @@ def test_every_field_is_read():
         ({"sources": [{"uri": "a", "format": "csv"}]}, "format"),
         ({"sources": SOURCES, "maxBadFraction": -0.1}, "maxBadFraction"),
         ({"sources": SOURCES, "maxBadFraction": 1.1}, "maxBadFraction"),
-        ({"sources": SOURCES, "validation": {}}, "set either uri, to read held-out records, or fraction"),
-        ({"sources": SOURCES, "validation": {"uri": "a", "fraction": 0.1}}, "set either uri"),
+        ({"sources": SOURCES, "validation": {}}, "uri: None: set either uri, to read held-out records, or fraction"),
+        ({"sources": SOURCES, "validation": {"uri": "a", "fraction": 0.1}}, "uri: 'a': set either uri"),
         ({"sources": SOURCES, "validation": {"fraction": 0}}, "fraction"),
         ({"sources": SOURCES, "validation": {"fraction": 0.6}}, "fraction"),
-        ({"sources": SOURCES, "validation": {"fraction": 0.1, "format": "jsonl"}}, "is of the files that uri names"),
+        (
+            {"sources": SOURCES, "validation": {"fraction": 0.1, "format": "jsonl"}},
+            "format: 'jsonl': is of the files that uri names",
+        ),
         ({"sources": SOURCES, "shuffle": True}, "shuffle"),
     ],
 )
@@ -91,5 +95,8 @@ def test_every_field_is_described_and_begins_with_its_name():
 
 
 def test_the_rule_for_relative_addresses_looks_at_sources_and_validation():
-    assert "s.sft.data.sources.all(x, (x.uri.startsWith('/')" in cel_sources_absolute("s.sft.data")
-    assert "!has(s.sft.data.validation.uri)" in cel_validation_absolute("s.sft.data")
+    absolute = cel_is_absolute("x.uri")
+    assert cel_sources_absolute("s.sft.data") == f"!has(s.sft.data.sources) || s.sft.data.sources.all(x, {absolute})"
+    held_out = "s.sft.data.validation.uri"
+    asks = "!has(s.sft.data.validation) || !has(s.sft.data.validation.uri)"
+    assert cel_validation_absolute("s.sft.data") == f"{asks} || {cel_is_absolute(held_out)}"

@@ -77,6 +77,10 @@ CASES = [
         "stages.base.pretrain.from.shards", "tok",
         "spec.stages[3].pretrain.from.shards: 'tok': is a tokenizer stage, which produces a tokenizer, not a shards; use tokens",
     ),
+    (
+        "stages.corpus", {"name": "corpus", "tokenizer": {"import": {"uri": "/gpt2"}}},
+        "spec.stages[1].tokenizer.from.corpus: 'corpus': is a tokenizer stage, which produces a tokenizer, not a corpus; add an earlier stage that produces a corpus",
+    ),
     ("stages.base.pretrain.from.shards", "x", "spec.stages[3].pretrain.from.shards: 'x': no earlier stage has this name"),
     ("stages.base.pretrain", None, "spec.stages[3]: 'none': a stage has exactly one typed block of corpus, tokenizer"),
     ("stages.base.name", "tok", "spec.stages[3].name: 'tok': is used twice; names must be unique in a run"),
@@ -147,6 +151,16 @@ CASES = [
         "stages.base.pretrain",
         {**STAGES["base"]["pretrain"], "model": {"preset": "llama-nano", "heads": 18, "kvHeads": 18, "hiddenSize": 180}, "parallelism": {"tensor": 4}},
         "spec.stages[3].pretrain.parallelism.tensor: 4: must divide the model's 18 heads; use 1, 2, 3 or 6",
+    ),
+    (
+        "stages.base.pretrain",
+        {**STAGES["base"]["pretrain"], "model": {"preset": "llama-nano", "heads": 48, "kvHeads": 12, "hiddenSize": 96}, "parallelism": {"tensor": 8}},
+        "spec.stages[3].pretrain.parallelism.tensor: 8: must divide the model's 12 kvHeads; use 1, 2, 3, 4 or 6",
+    ),
+    (
+        "stages.base.pretrain",
+        {**STAGES["base"]["pretrain"], "microBatchSize": 3, "parallelism": {}},
+        "spec.stages[3].pretrain.globalBatchSize: 16: must be a multiple of microBatchSize x data ranks, 3 x 2 = 6",
     ),
     (
         "stages.base.pretrain",

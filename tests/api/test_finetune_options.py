@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from headrace_api.artifact import resume_identity, stage_hash
-from headrace_api.stages import Dpo, Reward, Rl, Sft
+from headrace_api.stages import Dpo, Lora, LoraTarget, Reward, Rl, Sft
 from headrace_api.stages.dpo import DpoLoss
 
 BLOCK: dict[str, Any] = {"from": {"model": "base"}, "data": {"sources": [{"uri": "/records"}]}}
@@ -26,6 +26,10 @@ def dpo(**fields: Any) -> Dpo:
         ({"loss": "simpo"}, 2.0),
         ({"loss": "simpo", "gamma": 0, "beta": 2.5}, 2.5),
         ({"loss": "hinge", "lengthNormalized": True, "beta": 0.5}, 0.5),
+        ({"loss": "cdpo", "labelSmoothing": 0.1}, 0.1),
+        ({"loss": "robust", "labelSmoothing": 0.49, "lengthNormalized": True}, 0.1),
+        ({"loss": "kto", "globalBatchSize": 2}, 0.1),
+        ({"loss": "sigmoid", "globalBatchSize": 1}, 0.1),
     ],
 )
 def test_a_loss_has_its_options_and_a_usual_strength(fields: dict[str, Any], strength: float) -> None:
@@ -42,6 +46,9 @@ def test_a_loss_has_its_options_and_a_usual_strength(fields: dict[str, Any], str
         ({"loss": "kto", "globalBatchSize": 1}, "globalBatchSize: 1: kto takes its reference point"),
         ({"loss": "kto", "lengthNormalized": True}, "lengthNormalized: True: is of sigmoid"),
         ({"loss": "orpo", "labelSmoothing": 0.1}, "labelSmoothing: 0.1: is of the losses cdpo and robust"),
+        ({"labelSmoothing": 0.1}, "labelSmoothing: 0.1: is of the losses cdpo and robust"),
+        ({"loss": "orpo", "lengthNormalized": True}, "lengthNormalized: True: is of sigmoid"),
+        ({"loss": "simpo", "lengthNormalized": True}, "lengthNormalized: True: is of sigmoid"),
         ({"loss": "kto", "desirableWeight": 0}, "desirableWeight"),
         ({"loss": "apo"}, "loss"),
     ],
@@ -77,6 +84,24 @@ def test_what_is_held_against_a_held_out_loss_needs_one(kind: Any) -> None:
 )
 def test_the_best_weights_are_kept_where_a_stage_may_stop_early(fields: dict[str, Any], keeps_best: bool) -> None:
     assert Sft.model_validate(BLOCK | HELD_OUT | fields).keeps_best is keeps_best
+
+
+def test_an_adapter_has_each_matrix_once() -> None:
+    twice = {"adapter": {"lora": {"targets": ["qkv", "fc1", "fc1"]}}}
+    with pytest.raises(ValidationError, match="targets: 'fc1': names a matrix twice; name each once"):
+        Sft.model_validate(BLOCK | twice)
+    assert [*Lora().targets] == [*LoraTarget]
+
+
+def test_records_may_come_from_an_earlier_stage_a_folder_or_both() -> None:
+    earlier = {"from": {"model": "base", "records": "cai"}}
+    assert Sft.model_validate(BLOCK).records_stage is None
+    assert Sft.model_validate(BLOCK | earlier).records_stage == "cai"
+    alone = Sft.model_validate(earlier | {"data": {"recordsWeight": 2}})
+    assert (alone.records_stage, alone.data.sources, alone.data.records_weight) == ("cai", [], 2.0)
+    elsewhere = {"base": {"uri": "/llama"}, "from": {"records": "cai"}}
+    assert Sft.model_validate(elsewhere).inputs() == {"records": "cai"}
+    assert Sft.model_validate({"base": {"uri": "/llama"}, "data": BLOCK["data"]}).records_stage is None
 
 
 def test_more_patience_goes_on_and_more_samples_change_nothing() -> None:

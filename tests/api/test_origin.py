@@ -36,6 +36,15 @@ def test_a_stage_starts_from_an_earlier_one_or_from_a_folder_and_not_from_both(k
             parse_run(run_with(origin, kind=kind))
 
 
+def test_every_stage_that_would_do_is_named_where_another_is_read() -> None:
+    value = run_with({"from": {"model": "base"}})
+    value["spec"]["stages"][5]["evaluate"]["from"]["model"] = "tok"
+    with pytest.raises(
+        ManifestError, match=r"stages\[5\]\.evaluate\.from\.model: 'tok': .* not a checkpoint; use base or tuned$"
+    ):
+        parse_run(value)
+
+
 def test_a_folder_is_found_among_a_stages_addresses() -> None:
     run = parse_run(run_with({"base": {"uri": "models/llama"}}))
     assert (("base", "uri"), "models/llama") in list(run.spec.stages[4].config.addresses())
@@ -52,7 +61,8 @@ def test_a_model_that_was_trained_elsewhere_has_dimensions_that_only_the_trainer
     assert architecture_of("tuned", stages) is None
     value["spec"]["stages"][4]["sft"] |= {"from": {"model": "base"}}
     del value["spec"]["stages"][4]["sft"]["base"]
-    with pytest.raises(ManifestError, match="must divide the model's"):
+    said = r"stages\[4\]\.sft\.parallelism\.tensor: 8: must divide the model's 4 heads; use 1, 2 or 4"
+    with pytest.raises(ManifestError, match=said):
         parse_run(value)
 
 

@@ -29,11 +29,16 @@ LAST_OF_TWO = FIRST_OF_TWO + 4_096
 
 
 def memory(
-    axes: Layout, *, precision: Precision = Precision.BF16, num_micro_batches: int = 1, **kwargs: bool
+    axes: Layout,
+    *,
+    precision: Precision = Precision.BF16,
+    num_micro_batches: int = 1,
+    lora: Lora | None = None,
+    **kwargs: bool,
 ) -> Memory:
     batches = Batches(sequence_length=2048, micro_batch_size=1, num_micro_batches=num_micro_batches)
     kernels = {"fused": True, "sequence_parallel": True} | kwargs
-    return fullest_rank(LLAMA_7B, axes, vocab_size=VOCAB, precision=precision, batches=batches, **kernels)
+    return fullest_rank(LLAMA_7B, axes, vocab_size=VOCAB, precision=precision, batches=batches, lora=lora, **kernels)
 
 
 def test_parameters_of_a_rank() -> None:
@@ -94,8 +99,9 @@ def test_plain_kernels_keep_more(precision: Precision, norm: int, width: int) ->
 
 @pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("axes", [ONE, SHARDED])
-def test_bytes_are_whole(axes: Layout, precision: Precision) -> None:
-    found = memory(axes, precision=precision, num_micro_batches=8)
+@pytest.mark.parametrize("lora", [None, Lora()])
+def test_bytes_are_whole(axes: Layout, precision: Precision, lora: Lora | None) -> None:
+    found = memory(axes, precision=precision, num_micro_batches=8, lora=lora)
     assert [type(n) for n in (found.weights, found.gradients, found.optimizer, found.activations)] == [int] * 4
 
 
@@ -112,6 +118,49 @@ def test_the_first_of_two_stages_holds_two_micro_batches() -> None:
 def test_fp8_keeps_two_more_bytes_a_weight() -> None:
     extra = memory(ONE, precision=Precision.FP8).activations - memory(ONE).activations
     assert extra == 2 * WHOLE
+
+
+def test_the_state_of_an_adapter_is_cut_as_its_matrices_are() -> None:
+    # On each of 4 x 2 ranks, 16 layers of rank 8: 4096 -> a quarter of 3 x 4096, and a quarter of 4096 -> 4096.
+    added = 16 * 8 * ((4096 + 3072) + (1024 + 4096))
+    found = memory(SHARDED, lora=Lora(rank=8, targets=[LoraTarget.QKV, LoraTarget.PROJ]))
+    assert found.weights == 2 * (LAST_OF_TWO + added)
+    assert (found.gradients, found.optimizer) == (4 * added, 12 * added // 8)
+
+
+# Bytes that each token leaves in a layer of llama-7b in bf16, with an adapter of rank 32. Always: q k v as projected, q k
+# with positions, the output of attention, and gate and up.
+ALWAYS = 2 * (3 * 4096 + 2 * 4096 + 4096 + 2 * 11008)
+NORM_IN, NORM_OUT, FC2_IN, FACTOR = 2 * 4096, 2 * 4096, 2 * 11008, 2 * 32
+QKV, PROJ, FC1, FC2 = LoraTarget
+TENSOR = Layout(tensor=4, pipeline=1, data=1)
+PLAIN = {"fused": False}
+WHOLE_SEQUENCE = {"sequence_parallel": False}
+# Norms leave their outputs only to matrices with an update, and so does SwiGLU; so do the factors' middles.
+ADAPTED: list[tuple[str, list[LoraTarget], Layout, dict[str, bool], int, int]] = [
+    ("all", [QKV, PROJ, FC1, FC2], ONE, {}, 2 * (NORM_IN + NORM_OUT) + ALWAYS + FC2_IN + 4 * FACTOR, NORM_IN),
+    ("qkv", [QKV], ONE, {}, 2 * NORM_IN + NORM_OUT + ALWAYS + FACTOR, NORM_IN),
+    ("proj", [PROJ], ONE, {}, 2 * NORM_IN + ALWAYS + FACTOR, NORM_IN),
+    ("fc1", [FC1], ONE, {}, 2 * NORM_IN + NORM_OUT + ALWAYS + FACTOR, NORM_IN),
+    ("fc2", [FC2], ONE, {}, 2 * NORM_IN + ALWAYS + FC2_IN + FACTOR, NORM_IN),
+    # Unfused, in fp32: a frozen norm's input, but not the normalized values; SiLU's input and output.
+    ("plain kernels", [QKV], ONE, PLAIN, 2 * 2 * NORM_IN + NORM_OUT + ALWAYS + 2 * FC2_IN + FACTOR, 2 * NORM_IN),
+    # Of four ranks, each has a quarter. Between the factors of qkv and fc1, it has everything; between those of proj and
+    # fc2, whose sums the ranks add up, a quarter of the tokens, or everything without sequence parallelism.
+    ("in four", [QKV, PROJ, FC2], TENSOR, {}, (2 * NORM_IN + NORM_OUT + ALWAYS + FC2_IN + 2 * FACTOR) // 4 + FACTOR, NORM_IN // 4),
+    ("in four, whole sequences", [PROJ, FC2], TENSOR, WHOLE_SEQUENCE, 2 * NORM_IN + (ALWAYS + FC2_IN) // 4 + 2 * FACTOR, NORM_IN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "axes", "kernels", "layer", "norm"), [row[1:] for row in ADAPTED], ids=[row[0] for row in ADAPTED]
+)
+def test_activations_with_an_adapter(
+    targets: list[LoraTarget], axes: Layout, kernels: dict[str, bool], layer: int, norm: int
+) -> None:
+    found = memory(axes, lora=Lora(rank=32, targets=targets), **kernels)
+    loss = norm + 4 * 32_768 // axes.tensor  # after the last norm, whose output the frozen table does not keep
+    assert found.activations == 2048 * (32 * layer + loss)
 
 
 def test_tensor_ranks_share_norms_only_with_sequence_parallelism() -> None:
@@ -158,6 +207,18 @@ def test_fewer_micro_batches_than_stages_are_in_flight_at_once() -> None:
     assert estimate.activation_bytes_per_rank == 2 * 128 * (16 * layer + loss)  # the last stage: one of two samples
 
 
+def test_the_first_of_four_stages_holds_the_two_micro_batches_that_there_are() -> None:
+    run = seven_billion(
+        compute={"nodes": 8, "gpusPerNode": 8}, parallelism={"tensor": 4, "pipeline": 4}, microBatchSize=2
+    )
+    pretrain = run.spec.stages[3].pretrain
+    assert pretrain is not None
+    estimate = estimate_training(pretrain, LLAMA_7B, num_ranks=64, vocab_size=VOCAB, on_gpus=True)
+    layer = 2 * (4 * 4096 + 3 * 4096 + 2 * 4096 + 4096 + 3 * 11008) // 4
+    assert estimate.activation_bytes_per_rank == 2 * 2 * 128 * 8 * layer
+    assert type(estimate.activation_bytes_per_rank) is int
+
+
 @pytest.mark.parametrize(
     ("compute", "gpu_memory", "refused"),
     [
@@ -181,8 +242,12 @@ def test_a_state_that_is_larger_than_its_memory_is_refused(
 def test_a_refusal_says_what_is_needed_what_there_is_and_what_to_do() -> None:
     on_gpus = seven_billion(compute={"gpusPerNode": 1})
     (error,) = device_errors(on_gpus, gpu_memory=80 * 10**9)
-    needs, remedy = "weights, gradients and optimizer state take 121.4 GB per rank", "choose a smaller model"
-    assert needs in error.remedy and "a GPU has 80 GB" in error.remedy and remedy in error.remedy
+    split, smaller = "split the model over more ranks (parallelism), add data ranks", "or choose a smaller model"
+    needs = "weights, gradients and optimizer state take 121.4 GB per rank, but a GPU has 80 GB"
+    assert (error.value, error.remedy) == (None, f"{needs}; {split}, {smaller}")
+    further = tuned(compute={"gpusPerNode": 1})
+    (error,) = [e for e in device_errors(further, gpu_memory=80 * 10**9) if "stages[4]" in e.field]
+    assert error.remedy == f"{needs}; {split}, train only an adapter (adapter.lora), {smaller}"
     on_processors = seven_billion(compute={"ranksPerNode": 2, "memory": "100G"})
     (error,) = device_errors(on_processors, gpu_memory=None)
     assert "take 80.9 GB per rank" in error.remedy and "its 2 ranks share 100 GB" in error.remedy

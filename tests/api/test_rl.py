@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from headrace_api.stages import Rl
 from headrace_api.stages.rl import Estimator
+from headrace_api.stages.rules import ExactMatch, JsonSchema, Numeric, PythonTests, Regex, RuleReward
 
 RULE = {"rule": {"exactMatch": {}}}
 
@@ -23,7 +24,7 @@ def rl(**fields: Any) -> Rl:
 def test_an_iteration_has_its_steps() -> None:
     block = rl(promptsPerIteration=4, groupSize=8, globalBatchSize=16, epochsPerIteration=3)
     assert block.answers_per_iteration == 32
-    assert block.steps_per_iteration == 6
+    assert repr(block.steps_per_iteration) == "6"
 
 
 @pytest.mark.parametrize(
@@ -43,27 +44,33 @@ def test_the_divergence_is_estimated_as_is_usual(fields: dict[str, Any], estimat
     ("fields", "said"),
     [
         ({"rewards": []}, "rewards"),
-        ({"rewards": [{}]}, "set either rule or model"),
-        ({"rewards": [{"rule": {"exactMatch": {}}, "model": {}}]}, "set either rule or model"),
-        ({"rewards": [{"rule": {}}]}, "set exactly one of exactMatch"),
-        ({"rewards": [{"rule": {"exactMatch": {}, "numeric": {}}}]}, "set exactly one of exactMatch"),
-        ({"rewards": [{"rule": {"regex": {"pattern": "("}}}]}, "is not a regular expression"),
-        ({"rewards": [{"rule": {"jsonSchema": {"schema": "{]"}}}]}, "is not JSON"),
-        ({"rewards": [{"rule": {"jsonSchema": {"schema": "[]"}}}]}, "is not a JSON object"),
-        ({"rewards": [{"model": {}}]}, "has a model only with from.reward"),
-        ({"from": {"model": "sft", "reward": "rm"}}, "is read only by a model in rewards"),
-        ({"globalBatchSize": 48}, "must divide promptsPerIteration x groupSize, 64"),
-        ({"groupSize": 1, "globalBatchSize": 8}, "use 2 or more, or ppo"),
-        ({"maxNewTokens": 1024}, "must be below sequenceLength"),
-        ({"kl": {"target": 6}}, "set coefficient above 0"),
-        ({"algorithm": "ppo", "loss": "gspo"}, "is of grpo"),
+        ({"rewards": [{}]}, "Value error, : 'none': set either rule or model"),
+        ({"rewards": [{"rule": {"exactMatch": {}}, "model": {}}]}, "Value error, : 'both': set either rule or model"),
+        ({"rewards": [{"rule": {}}]}, "Value error, : 'none': set exactly one of exactMatch"),
+        ({"rewards": [{"rule": {"exactMatch": {}, "numeric": {}}}]}, "Value error, : 'exactMatch and numeric': set exactly one of exactMatch"),
+        ({"rewards": [{"rule": {"regex": {"pattern": "("}}}]}, "pattern: '(': is not a regular expression: missing )"),
+        ({"rewards": [{"rule": {"jsonSchema": {"schema": "{]"}}}]}, "schema: '{]': is not JSON: Expecting property name"),
+        ({"rewards": [{"rule": {"jsonSchema": {"schema": "[]"}}}]}, "schema: '[]': is not a JSON object; write one"),
+        ({"rewards": [{"rule": {"jsonSchema": {"schema": "{" * 99}}}]}, f"schema: '{'{' * 80}': is not JSON"),
+        ({"rewards": [{"rule": {"jsonSchema": {"schema": f'"{"a" * 99}"'}}}]}, f"""schema: '"{"a" * 79}': is not a JSON object"""),
+        ({"rewards": [{"model": {}}]}, "rewards: 'no from.reward': has a model only with from.reward"),
+        ({"rewards": [RULE, {"model": {}}]}, "rewards: 'no from.reward': has a model only with from.reward"),
+        ({"from": {"model": "sft", "reward": "rm"}}, "rewards: 'rm': has a model only with from.reward, and from.reward is read only by"),
+        ({"globalBatchSize": 48}, "globalBatchSize: 48: must divide promptsPerIteration x groupSize, 64"),
+        ({"groupSize": 1, "globalBatchSize": 8}, "groupSize: 1: grpo and rloo compare an answer with others to the same prompt: use 2 or more, or ppo"),
+        ({"algorithm": "rloo", "groupSize": 1, "globalBatchSize": 8}, "groupSize: 1: grpo and rloo compare"),
+        ({"maxNewTokens": 1024}, "maxNewTokens: 1024: must be below sequenceLength"),
+        ({"kl": {"target": 6}}, "target: 6.0: adapts a coefficient; set coefficient above 0"),
+        ({"algorithm": "ppo", "loss": "gspo"}, "loss: 'gspo': is of grpo"),
+        ({"algorithm": "rloo", "loss": "dapo"}, "loss: 'dapo': is of grpo"),
+        ({"rails": {"maxKl": {"limit": 1, "then": "stop"}}}, "then"),
         ({"temperature": 0}, "temperature"),
         ({"data": {"sources": [{"uri": "/p.jsonl"}], "validation": {"fraction": 0.1}}}, "validation"),
         ({"packing": True}, "packing"),
         ({"from": {"reward": "rm"}, "rewards": [{"model": {}}]}, "set either from.model"),
         ({"base": {"uri": "/llama"}}, "set either from.model"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError) as refused:
         rl(**fields)
@@ -74,6 +81,46 @@ def test_a_model_from_elsewhere_may_be_judged_by_an_earlier_stage() -> None:
     block = rl(base={"uri": "/llama"}, rewards=[{"model": {}}], **{"from": {"reward": "rm"}})
     assert block.model_stage is None
     assert block.inputs() == {"reward": "rm"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"groupSize": 2, "globalBatchSize": 16},
+        {"maxNewTokens": 1023},
+        {"kl": {"target": 6, "coefficient": 0.05}},
+        {"loss": "dr_grpo"},
+        {"algorithm": "rloo"},
+        {"from": {"model": "sft", "reward": "rm"}, "rewards": [RULE, {"model": {"clip": 5}, "weight": -0.5}]},
+    ],
+)
+def test_what_is_taken(fields: dict[str, Any]) -> None:
+    assert Rl.model_validate(rl(**fields).dump()) == rl(**fields)
+
+
+def test_a_reward_is_called_by_its_rule_or_a_model() -> None:
+    terms = [RULE, {"rule": {"pythonTests": {"seconds": 3}}}, {"model": {}}]
+    block = rl(rewards=terms, **{"from": {"model": "sft", "reward": "rm"}})
+    assert [term.name for term in block.rewards] == ["exactMatch", "pythonTests", "model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "kind"),
+    [
+        ("exactMatch", {"column": "wanted"}, ExactMatch),
+        ("numeric", {"tolerance": 0.5}, Numeric),
+        ("regex", {"pattern": "^a$"}, Regex),
+        ("jsonSchema", {"schema": '{"type": "object"}'}, JsonSchema),
+        ("pythonTests", {"memory": "64Mi"}, PythonTests),
+    ],
+)
+def test_a_rule_is_the_block_that_is_set(name: str, written: dict[str, Any], kind: type) -> None:
+    rule = RuleReward.model_validate({name: written})
+    assert (rule.kind, type(rule.block), rule.block) == (name, kind, kind.model_validate(written))
+
+
+def test_a_schema_is_read_as_json() -> None:
+    assert JsonSchema.model_validate({"schema": '{"type": "object"}'}).parsed == {"type": "object"}
 
 
 def test_ppo_needs_no_group() -> None:

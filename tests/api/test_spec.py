@@ -76,6 +76,7 @@ def test_only_finite_figures_are_kept(written, meant):
     [
         ("s3://bucket/runs", ("base",), "s3://bucket/runs/base"),
         ("s3://bucket/runs//", ("base", "a//b/"), "s3://bucket/runs/base/a/b"),
+        ("s3://bucket/X/", ("base",), "s3://bucket/X/base"),
         ("/store", (), "/store"),
         ("file:///store/", ("x",), "file:///store/x"),
     ],
@@ -162,6 +163,10 @@ def test_how_a_model_is_trained_changes_neither_the_result_nor_what_a_checkpoint
     inputs = {"shards": "a"}
     assert stage_hash(other, seed=1, inputs=inputs) == stage_hash(_BASE, seed=1, inputs=inputs)
     assert resume_identity(other, seed=1, inputs=inputs) == resume_identity(_BASE, seed=1, inputs=inputs)
+
+
+def test_another_seed_is_another_result_from_other_checkpoints():
+    assert resume_identity(_BASE, seed=2, inputs={}) != resume_identity(_BASE, seed=1, inputs={})
 
 
 def test_a_longer_run_is_another_result_that_goes_on_from_the_same_checkpoint():

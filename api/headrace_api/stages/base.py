@@ -87,11 +87,6 @@ class StageConfig(Spec):
         """Place and value of every field that names files of the user's: all that are called ``uri``."""
         yield from _addresses(self.dump(), ())
 
-    def accepts(self) -> dict[str, ArtifactKind]:
-        """Slot -> the kind of artifact it accepts."""
-        block = getattr(self, "from_", None)
-        return dict(block.ACCEPTS) if isinstance(block, Inputs) else {}
-
 
 def _addresses(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str]]:
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
