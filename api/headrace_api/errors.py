@@ -90,12 +90,12 @@ def _text(path: Path) -> str:
 
 def _only_run(path: Path, documents: Sequence[Any]) -> dict[str, Any]:
     runs = [d for d in documents if isinstance(d, dict) and d.get("kind") == "TrainingRun"]
-    if len(runs) == 1:
-        return runs[0]
     if len(runs) > 1:
         raise ManifestError(
             [f"{path}: {len(runs)} TrainingRun objects: keep one, and move the others to their own files"]
         )
+    if runs:
+        return runs[0]
     meant = [d for d in documents if not isinstance(d, dict) or _means_a_run(d)]
     if not meant:
         kinds = ", ".join(shown(d["kind"]) for d in documents) or "nothing"
@@ -129,7 +129,7 @@ def parse_run(value: Mapping[str, Any], *, body: Body = Body.LOCAL) -> TrainingR
     problems = _unknown_metadata(plain)
     try:
         # Strict and from JSON: dates, numbers and booleans are never converted into one another.
-        run = TrainingRun.model_validate_json(json.dumps(plain, default=str), strict=True, by_alias=True, by_name=False)
+        run = TrainingRun.model_validate_json(json.dumps(plain, default=str), strict=True, by_name=False)
         # A status is read leniently, since any operator version may have written it.
         status = RunStatus.model_validate(value.get("status") or {})
     except ValidationError as error:
@@ -147,11 +147,10 @@ def _normal(value: Any, model: type[BaseModel] | None, path: Location = ()) -> A
     Args:
         value: a part of the manifest.
         model: the class of this block, or of the blocks in this list. Its unknown fields are kept even if empty, so
-        that
-            they are rejected.
+            that they are rejected.
         path: where it is.
 
-    ManifestError: a value that JSON cannot represent.
+    Raises:
         ManifestError: it holds what JSON cannot carry and no field can mean.
     """
     if len(path) > MAX_DEPTH:

@@ -35,6 +35,7 @@ _SPECIAL = {
     if sign == "" or text.lower() == ".inf"
 }
 _INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|0[bB][01]+|0[oO]?[0-7]+|0|[1-9][0-9]*)")
+_OCTAL = re.compile(r"[-+]?0[0-7]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _MERGE = "<<"
 
@@ -64,17 +65,11 @@ def resolve(text: str) -> Any:
         return _SPECIAL[text]
     digits = text.replace("_", "") if text[:1] in "+-0123456789" else text
     if _INTEGER.fullmatch(digits):
-        return _integer(digits)
+        return int(digits, 8 if _OCTAL.fullmatch(digits) else 0)
     if not _FLOAT.fullmatch(digits):
         return text
     number = float(digits)
     return number if math.isfinite(number) else text
-
-
-def _integer(digits: str) -> int:
-    sign, magnitude = (digits[0], digits[1:]) if digits[0] in "+-" else ("", digits)
-    octal = len(magnitude) > 1 and magnitude[0] == "0" and magnitude[1].isdigit()
-    return int(sign + magnitude, 8 if octal else 0)
 
 
 @dataclass
@@ -109,18 +104,20 @@ class _Reader:
         if isinstance(event, yaml.DocumentStartEvent):
             self._anchors = {}
         elif isinstance(event, yaml.ScalarEvent):
-            first = self._num_nodes
             self._count(1, line)
-            self._put(self._scalar(event, line), line, anchor=event.anchor, first_node=first)
+            value = self._scalar(event, line)
+            self._mark(event.anchor, value, num_nodes=1)
+            self._put(value, line)
         elif isinstance(event, yaml.AliasEvent):
-            self._put(self._alias(event.anchor or "", line), line)
+            self._put(self._alias(event.anchor, line), line)
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             self._begin(event, line)
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
             block = self._open.pop()
             for source in block.merged:
                 block.value.update({k: v for k, v in source.items() if k not in block.value})
-            self._put(block.value, line, anchor=block.anchor, first_node=block.first_node)
+            self._mark(block.anchor, block.value, num_nodes=self._num_nodes - block.first_node)
+            self._put(block.value, line)
 
     def _begin(self, event: Any, line: int) -> None:
         if len(self._open) >= MAX_DEPTH:
@@ -137,9 +134,11 @@ class _Reader:
                 self._field(line), f"more than {MAX_NODES} values", "write fewer; aliases count each time they are used"
             )
 
-    def _put(self, value: Any, line: int, *, anchor: str | None = None, first_node: int = 0) -> None:
+    def _mark(self, anchor: str | None, value: Any, *, num_nodes: int) -> None:
         if anchor is not None:
-            self._anchors[anchor] = _Anchored(value=value, num_nodes=self._num_nodes - first_node)
+            self._anchors[anchor] = _Anchored(value=value, num_nodes=num_nodes)
+
+    def _put(self, value: Any, line: int) -> None:
         if not self._open:
             self.documents.append(value)
             return
@@ -159,7 +158,7 @@ class _Reader:
         sources = value if isinstance(value, list) else [value]
         if not all(isinstance(source, dict) for source in sources):
             raise FieldError(self._field(line), shown(value), "<< merges blocks; give it an alias of one")
-        block.merged += sources
+        block.merged = sources
 
     def _key(self, value: Any, line: int) -> str:
         if isinstance(value, dict | list):
@@ -176,7 +175,9 @@ class _Reader:
         self._check_tag(event, line)
         text: str = event.value
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise FieldError(self._field(line), text, "contains half of a surrogate pair; write the character itself")
+            raise FieldError(
+                self._field(line), shown(text), "contains half of a surrogate pair; write the character itself"
+            )
         if event.style or event.tag is not None:  # quoted, a block of text, or tagged as text
             return text
         if len(text) > _MOST_DIGITS and (_INTEGER.fullmatch(text) or _FLOAT.fullmatch(text)):

@@ -1,12 +1,15 @@
 """Bad manifests: each line names the field, the value and the remedy."""
 
 from datetime import date
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field, ValidationError
 
 from builders import STAGES, manifest
+from headrace_api.base import Line, Part, Spec
 from headrace_api.errors import Body, ManifestError, parse_run
+from headrace_api.words import blocks_in, describe
 
 
 def _nested(levels: int) -> object:
@@ -81,7 +84,7 @@ CASES = [
     ("stages.eval.evaluate.require", {"acc": ">1"}, "spec.stages[4].evaluate.require: 'acc': is not measured; bound"),
     ("stages.eval.evaluate.require", {"exactMatch/x": ">1"}, "spec.stages[4].evaluate.require: 'exactMatch/x': is not measured; bound one of loss"),
     ("stages.eval.evaluate.exactMatch", [{"name": "a", "uri": "a.jsonl"}] * 2, "spec.stages[4].evaluate.exactMatch: 'a': is used twice; names must be unique in a stage"),
-    ("stages.tok.tokenizer.vocabSize", "4X", "spec.stages[1].tokenizer.vocabSize: '4X': not a quantity; write a number"),
+    ("stages.tok.tokenizer.vocabSize", "4X", "spec.stages[1].tokenizer.vocabSize: '4X': not a quantity; write a number with an optional suffix k, M, G, T, Ki, Mi or Gi, such as 140G"),
     ("stages.tok.tokenizer.import", {"uri": "x"}, "spec.stages[1].tokenizer.from: set either from.corpus"),
     ("stages.tok.compute", {"nodes": 2}, "spec.stages[1].compute.nodes: 2: tokenizer stages run on 1 node"),
     ("stages", [], "spec.stages: a list: list at least 1"),
@@ -93,6 +96,7 @@ CASES = [
     ("stages.serve", {"name": "serve", "deploy": {"from": {"model": "ship"}, "engine": "vllm"}, "compute": {"gpusPerNode": 3}}, "spec.stages[6].compute.gpusPerNode: 3: vllm splits the heads over its GPUs: 4 heads and 2 kvHeads; use 1 or 2 or 4"),
     ("stages.base.compute", {"gpusPerNode": 2, "ranksPerNode": 4}, "spec.stages[3].compute.ranksPerNode: 4: must be at most gpusPerNode, 2: each rank needs its own GPU"),
     ("storage", {"uri": "gs://bucket/run"}, "spec.storage.uri: 'gs://bucket/run': only S3 and directories can be read: write s3://bucket/prefix, file:///folder or a path"),
+    ("storage", {"uri": "s3://b\u00fccket/run"}, "spec.storage.uri: 's3://b\u00fccket/run': only S3"),
     ("storage", {"uri": "s3://"}, "spec.storage.uri: 's3://': only S3"),
     ("storage", {"uri": "file://relative"}, "spec.storage.uri: 'file://relative': only S3"),
     ("storage", {"uri": "a\tb"}, "spec.storage.uri: 'a\\tb': write one line, without tabs"),
@@ -103,6 +107,8 @@ CASES = [
     ("stages.base.pretrain.tokens", "2.0000005M", "spec.stages[3].pretrain.tokens: '2.0000005M': not a whole number once its suffix is applied"),
     ("stages.base.pretrain.tokens", True, "spec.stages[3].pretrain.tokens: true: write a whole number"),
     ("stages.base.pretrain.checkpoint", {"every": "0"}, "spec.stages[3].pretrain.checkpoint.every: '0': write a number of steps from 1"),
+    ("stages.base.pretrain.checkpoint", {"every": "0s"}, "spec.stages[3].pretrain.checkpoint.every: '0s': must be above 0; write a number of steps, such as 100, or a duration, such as 30m"),
+    ("stages.base.pretrain.checkpoint", {"every": 10**9}, "spec.stages[3].pretrain.checkpoint.every: 1000000000: write a number of steps from 1 to 999999999"),
     ("stages.base.pretrain.optimizer", {"beta1": 1}, "spec.stages[3].pretrain.optimizer.beta1: 1: must be below 1"),
     ("stages.base.pretrain.precision", "fp16", "spec.stages[3].pretrain.precision: 'fp16': choose one of fp32, bf16, fp8"),
     ("stages.base.pretrain.global_batch_size", 4, "spec.stages[3].pretrain.global_batch_size: unknown field; did you mean globalBatchSize?"),
@@ -127,6 +133,7 @@ CASES = [
     ("stages.corpus.corpus.languages", ["english"], "spec.stages[0].corpus.languages[0]: 'english': write a two-letter ISO 639-1 code"),
     ("stages.corpus.corpus.languages", ["en"] * 101, "spec.stages[0].corpus.languages: a list: list at most 100; there are 101"),
     ("stages.corpus.corpus.sources", [], "spec.stages[0].corpus.sources: a list: list at least 1"),
+    ("stages.corpus.corpus.sources", [{"uri": "/raw", "nope": None}], "spec.stages[0].corpus.sources[0].nope: unknown field"),
     ("stages.corpus.corpus.sources", [{}], "spec.stages[0].corpus.sources[0].uri: missing; this field is required"),
     ("stages.tok.tokenizer.vocabSize", 299, "spec.stages[1].tokenizer.vocabSize: 299: must be at least 300"),
     ("stages.tok.tokenizer.vocabSize", "1.5", "spec.stages[1].tokenizer.vocabSize: '1.5': not a whole number once its suffix"),
@@ -152,6 +159,7 @@ CASES = [
     ),
     ("stages.base.pretrain.model", {"preset": "llama-nano", "heads": 3}, "spec.stages[3].pretrain.model.heads: 3: hiddenSize 128 must be an even multiple"),
     ("stages.base.pretrain.model", {"preset": "llama-nano", "kvHeads": 3}, "spec.stages[3].pretrain.model.kvHeads: 3: must divide heads, 4"),
+    ("stages.eval.evaluate.require", {"l" * 65: ">1"}, f"spec.stages[4].evaluate.require.'{'l' * 59}: '{'l' * 65}': write at most 64 characters"),
     ("stages.eval.evaluate.require", {"loss": [1]}, "spec.stages[4].evaluate.require.loss: a list: write text, in quotes"),
     ("stages.eval.evaluate.require", {"loss": "3"}, "spec.stages[4].evaluate.require.loss: '3': write a comparison with a number"),
     ("stages.eval.evaluate.tasks", "perplexity", "spec.stages[4].evaluate.tasks: 'perplexity': write a list"),
@@ -163,6 +171,7 @@ CASES = [
     ("restartPolicy.onStall", "0s", "spec.restartPolicy.onStall: '0s': must be above 0"),
     ("restartPolicy.onStall", 60, "spec.restartPolicy.onStall: 60: must be above 0; write a number with a unit"),
     ("restartPolicy.onStall", "soon", "spec.restartPolicy.onStall: 'soon': not a duration"),
+    ("restartPolicy", {"max_infra_restarts": 3}, "spec.restartPolicy.max_infra_restarts: unknown field; did you mean maxInfraRestarts?"),
     ("restartPolicy", [], "spec.restartPolicy: a list: write a block with maxInfraRestarts, maxUserRestarts"),
 ]  # fmt: skip
 
@@ -181,6 +190,7 @@ def test_every_problem_is_told_at_once():
     with pytest.raises(ManifestError) as caught:
         parse_run(bad)
     assert len(caught.value.problems) == 2
+    assert str(caught.value).splitlines() == caught.value.problems
 
 
 def test_names_that_are_too_long_for_a_pod_are_refused():
@@ -228,6 +238,43 @@ def test_a_whole_number_may_be_written_with_a_point():
 def test_processors_may_be_written_as_a_number(written, meant):
     stage = parse_run(_set(manifest(), "stages.corpus.compute", {"cpu": written})).spec.stages[0]
     assert stage.compute.cpu == meant
+
+
+@pytest.mark.parametrize(("written", "meant"), [(1, 1), ("1", 1), (999_999_999, 999_999_999), ("500ms", "500ms")])
+def test_how_often_is_written_in_steps_or_in_time(written, meant):
+    stage = parse_run(_set(manifest(), "stages.base.pretrain.checkpoint", {"every": written})).spec.stages[3]
+    assert stage.pretrain.checkpoint.every == meant
+
+
+class _Inner(Spec):
+    name: Annotated[Line, Field(min_length=3)]
+    nodes: Annotated[int, Part.EXECUTION] = 1
+
+
+class _Outer(Spec):
+    plain: int = 0
+    texts: list[str] = Field(default_factory=list)
+    one: _Inner
+    maybe: _Inner | None = None
+    many_of_them: list[_Inner] = Field(default_factory=list)
+
+
+def test_the_blocks_in_a_block_are_found_through_lists_and_options():
+    assert blocks_in(_Outer) == {"plain": None, "texts": None, "one": _Inner, "maybe": _Inner, "manyOfThem": _Inner}
+
+
+def test_what_does_not_matter_to_a_result_is_left_out_at_every_depth():
+    inner = {"name": "abc", "nodes": 2}
+    outer = _Outer.model_validate({"one": inner, "maybe": inner, "manyOfThem": [inner], "texts": ["x"]})
+    kept = {"name": "abc"}
+    said = {"plain": 0, "texts": ["x"], "one": kept, "maybe": kept, "manyOfThem": [kept]}
+    assert outer.dump_without([Part.EXECUTION]) == said
+
+
+def test_a_text_that_is_too_short_is_no_list():
+    with pytest.raises(ValidationError) as caught:
+        _Inner.model_validate({"name": "ab"})
+    assert [describe(e, _Inner) for e in caught.value.errors()] == ["name: 'ab': write at least 3 character(s)"]
 
 
 def test_half_a_second_is_an_amount_of_time():

@@ -176,6 +176,13 @@ PODS: list[tuple[str, Json, Json]] = [
         {"phase": "Pending", "held": Held(reason="Unscheduled", message="")},
     ),
     (
+        "waits for its image, and nobody says why",
+        {"status phase": "Pending", f"{TRAINER} state": {"waiting": {"reason": "ErrImagePull"}}},
+        {"phase": "Pending", "held": Held(reason="ErrImagePull", message="", since=at(1))},
+    ),
+    ("waits, and no scheduler has looked at it", {"status": {"phase": "Pending", "conditions": []}}, {"phase": "Pending", "restarts": 0}),
+    ("waits, and nothing is known of it", {"status": {"phase": "Pending"}}, {"phase": "Pending", "restarts": 0}),
+    (
         "has run, and is unscheduled by name only",
         {"status conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]},
         {},
@@ -234,6 +241,7 @@ def holds(kind: str, **said: str) -> Json:
 
 JOBS: list[tuple[str, Json, Json]] = [
     ("works", {}, {}),
+    ("belongs to nobody", {"metadata ownerReferences": GONE}, {"owner": ""}),
     ("was made this moment", {"status": GONE, "spec completions": GONE}, {"size": 1}),
     ("is complete", holds("Complete"), {"complete": True}),
     ("has all that it wants, and still ends pods", holds("SuccessCriteriaMet"), {"complete": True}),

@@ -30,6 +30,7 @@ class Body:
         observed = Observed(now=now, attempts=tuple(self.attempts.values()), refusals=self.refusals)
         decided = plan(self.run, observed)
         status = RunStatus.model_validate(decided.status.dump())
+        assert status == decided.status, "it says the same to whoever reads it back"
         self.run = self.run.model_copy(update={"status": status})
         for key in decided.stop:
             old = self.attempts[key.stage, key.number]

@@ -86,6 +86,13 @@ def test_an_attempt_that_ended_while_nobody_looked_counts_up_to_its_end(outcome)
     assert story.active == 25
 
 
+def test_active_time_is_kept_to_the_millisecond():
+    story = Story("corpus")
+    story.at(0)
+    story.at(25.12364, ended(story.attempt, succeeded()))
+    assert story.stage.active_seconds == 25.124
+
+
 def test_a_server_is_active_until_it_answers():
     digest, story = succeeded(), Story("corpus", "tok", "tokens", "base", "ship", "serve")
     story.at(0)

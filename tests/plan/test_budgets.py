@@ -5,6 +5,7 @@ import pytest
 from builders import failed, succeeded
 from headrace_api.faults import FaultClass, Outcome
 from headrace_api.run import StageState
+from headrace_operator.brain.backoff import backoff_seconds
 from plan.body import Body, body
 
 DAYS_3 = 3 * 86_400.0
@@ -98,14 +99,16 @@ def test_a_stage_that_succeeds_has_spent_nothing_and_the_total_stays():
     assert (status.infra_spent, status.infra_restarts, it.run.status.restarts) == (0, 1, 1)
 
 
-def test_an_edit_gives_fresh_budgets_and_keeps_the_total():
-    it = body("corpus", restartPolicy={"maxInfraRestarts": 1})
-    it.end(failed(FaultClass.POD))
+@pytest.mark.parametrize(("fault", "total"), [(FaultClass.POD, (1, 0)), (FaultClass.USER, (0, 1))])
+def test_an_edit_gives_fresh_budgets_and_keeps_the_total(fault, total):
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 1, "maxUserRestarts": 1})
+    it.end(failed(fault))
     it.change(seed=7)
     it.step()
     it.end(failed(FaultClass.STOPPED))
     status = it.status("corpus")
-    assert (status.infra_spent, status.infra_restarts, it.started()) == (0, 1, [("corpus", 3)])
+    assert (status.infra_spent, status.user_spent, it.started()) == (0, 0, [("corpus", 3)])
+    assert (status.infra_restarts, status.user_restarts) == total
 
 
 def an_edit(it: Body) -> None:
@@ -134,6 +137,23 @@ def test_a_failed_stage_that_is_run_again_has_its_whole_budget_and_the_total_sta
         assert it.started() == [("base", number)]
     fail_at(it, None)
     assert (it.state("base"), it.run.status.restarts) == (StageState.FAILED, 4)
+
+
+@pytest.mark.parametrize(
+    ("failures", "longest", "jitter", "seconds"),
+    [
+        (0, 60, 0.5, 0),
+        (1, 60, 0, 2),
+        (2, 60, 0.5, 3),
+        (1, 60, 1, 1),
+        (9, 60, 0, 60),
+        (9, 60, 0.5, 45),
+        (32, 1e12, 0, 2 * 2**30),
+        (10**6, 1e12, 0, 2 * 2**30),
+    ],
+)
+def test_a_back_off_doubles_within_bounds_and_jitter_takes_up_to_half_of_it(failures, longest, jitter, seconds):
+    assert backoff_seconds(failures, first_seconds=2, longest_seconds=longest, jitter=jitter) == seconds
 
 
 @pytest.mark.parametrize(("served_seconds", "survives"), [(30, False), (599, False), (600, True)])

@@ -106,6 +106,18 @@ def test_a_stage_whose_input_is_made_again_stops_and_then_waits_for_its_turn():
     assert (it.started(), it.state("base")) == ([("base", 2)], StageState.STARTING)
 
 
+def test_a_stage_to_be_done_again_says_until_then_which_spec_its_last_attempt_was_of():
+    it = body("corpus")
+    it.generation(1)
+    it.step()
+    it.end(succeeded("c"))
+    it.change(seed=7, suspend=True)
+    it.generation(2)
+    it.step()
+    corpus = it.status("corpus")
+    assert (corpus.state, corpus.artifact, corpus.generation) == (StageState.SUSPENDED, None, 1)
+
+
 def test_another_runtime_is_an_edit_too():
     it = training()
     it.change(runtime="h200")

@@ -340,6 +340,14 @@ def test_events_tell_of_transitions_only():
     assert [(e.reason, e.message) for e in it.last.events] == [("StageSucceeded", "corpus: documentsOut=12")]
 
 
+def test_a_failure_of_the_users_is_told_once_like_any_other():
+    it = body("corpus", restartPolicy={"maxUserRestarts": 1})
+    it.end(failed(FaultClass.USER))
+    assert [e.reason for e in it.last.events] == ["AttemptFailed", "AttemptStarted"]
+    it.step()
+    assert it.last.events == ()
+
+
 def test_the_figures_of_a_finished_stage_are_told_as_people_write_them():
     it = body("corpus")
     it.end(succeeded("c", b=1000, a=999.9, c=-2500, d=0.000123456))

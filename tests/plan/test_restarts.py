@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from pydantic import ValidationError
 
 from builders import START, ended, failed, succeeded
 from headrace_api.faults import FaultClass, Outcome
@@ -96,6 +97,40 @@ def test_a_job_that_is_complete_before_its_pods_are_is_not_run_again():
     assert it.run.status.restarts == 0
 
 
+def test_a_stage_that_fails_for_want_of_an_outcome_waits_for_none():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 0})
+    lose_the_outcome(it)
+    status = it.status("corpus")
+    assert (status.state, status.reason, status.outcome_due_at) == (StageState.FAILED, "OutcomeLost", None)
+
+
+def test_an_outcome_is_waited_for_anew_after_a_suspension():
+    it = body("corpus")
+    it.see(state=AttemptState.SUCCEEDED)
+    for suspend in (True, False):
+        it.change(suspend=suspend)
+        it.step(after_seconds=60)
+    assert it.started() == [("corpus", 2)]
+    decided = it.see(state=AttemptState.SUCCEEDED)
+    assert (decided.requeue_after_seconds, it.run.status.restarts) == (30, 0)
+
+
+def test_an_attempt_that_fails_without_a_word_is_said_to_have_lost_its_pods():
+    it = body("corpus")
+    it.see(state=AttemptState.FAILED)
+    status = it.status("corpus")
+    assert (status.reason, status.message) == ("Vanished", "all of the attempt's pods are gone")
+
+
+def test_an_attempt_of_another_spec_that_has_the_number_of_the_next_is_not_taken_for_it():
+    it = body("corpus")
+    it.attempts["corpus", 1] = replace(ended(it.attempts["corpus", 1], succeeded("theirs")), hash="of-another-spec")
+    it.step()
+    assert (it.started(), it.run.status.restarts) == ([("corpus", 2)], 1)
+    status = it.status("corpus")
+    assert (status.reason, status.message) == ("Vanished", "the attempt and all of its pods are gone")
+
+
 def test_an_outcome_that_is_lost_is_waited_for_once_and_not_for_ever():
     it = body("corpus")
     it.see(state=AttemptState.SUCCEEDED)
@@ -161,9 +196,48 @@ def test_an_attempt_that_was_refused_in_part_is_stopped_before_the_next_starts()
     it = body("corpus")
     decided = it.refuse(REFUSED, in_part=True)
     assert (it.stopped(), it.started(), decided.requeue_after_seconds) == ([("corpus", 1)], [], 5)
+    assert it.run.status.summary == "Restarting"
+    it.step()
+    assert it.run.status.summary == "Stopping"
     it.end(failed(FaultClass.STOPPED))
     assert it.started() == [("corpus", 2)]
     assert it.run.status.restarts == 1
+
+
+def test_an_attempt_that_was_refused_in_part_and_finishes_all_the_same_has_finished():
+    it = body("corpus", "tok")
+    it.refuse(REFUSED, in_part=True)
+    it.step()
+    it.refusals = ()
+    it.end(succeeded("c"))
+    status = it.status("corpus")
+    assert (status.state, status.retry_at, it.started()) == (StageState.SUCCEEDED, None, [("tok", 1)])
+
+
+def test_an_attempt_that_a_quota_refused_in_part_waits_for_the_rest_and_says_so():
+    it = body("corpus", restartPolicy={"maxInfraRestarts": 0})
+    decided = it.refuse(Outcome(fault=FaultClass.CAPACITY, reason="QuotaExceeded", message="pods=1"), in_part=True)
+    assert (it.started(), it.stopped(), decided.requeue_after_seconds) == ([("corpus", 1)], [], 15)
+    assert (it.run.status.summary, it.run.status.phase_message) == ("Waiting", "Waiting: QuotaExceeded: pods=1")
+
+
+def test_a_finished_stage_stops_whatever_else_of_it_still_runs():
+    it = body("corpus", "tok")
+    it.attempts["corpus", 5] = replace(it.attempts["corpus", 1], number=5, uid="stranger")
+    it.attempts["corpus", 1] = ended(it.attempts["corpus", 1], succeeded("c"))
+    for _ in range(2):
+        it.step()
+        assert (it.state("corpus"), it.stopped()) == (StageState.SUCCEEDED, [("corpus", 5)])
+
+
+def test_a_finished_stage_stays_so_while_an_earlier_one_is_made_again_and_a_stranger_of_it_is_stopped():
+    it = body("corpus", "tok")
+    it.end(succeeded("c"))
+    it.end(succeeded("t"))
+    it.attempts["tok", 5] = replace(it.attempts["tok", 1], number=5, uid="stranger", state=AttemptState.RUNNING)
+    it.change(seed=7)
+    it.step()
+    assert (it.started(), it.stopped(), it.state("tok")) == ([("corpus", 2)], [("tok", 5)], StageState.SUCCEEDED)
 
 
 def test_what_was_refused_in_part_is_taken_down_when_the_budget_is_spent():
@@ -200,7 +274,8 @@ def test_an_image_that_cannot_be_pulled_is_said_at_once_and_given_up_after_ten_m
     assert decided.requeue_after_seconds == 600
     it.step(after_seconds=600)
     assert it.stopped() == [("corpus", 1)]
-    assert (it.run.status.restarts, it.status("corpus").reason) == (1, "ErrImagePull")
+    status = it.status("corpus")
+    assert (it.run.status.restarts, status.reason, status.message) == (1, "ErrImagePull", "no such image")
 
 
 def test_a_server_that_ends_by_itself_is_charged_as_a_failure():
@@ -241,6 +316,18 @@ def test_a_figure_that_is_not_finite_is_left_out_and_the_outcome_still_reads():
     assert (said.artifact_digest, said.metrics) == ("d", {"tokens": 7})
     written = Outcome(artifact_digest="d", metrics={"loss": float("nan")}).model_dump_json()
     assert Outcome.model_validate_json(written).artifact_digest == "d"
+
+
+def test_figures_that_are_no_block_of_names_are_refused():
+    with pytest.raises(ValidationError, match="valid dictionary"):
+        Outcome.model_validate({"metrics": [1.0]})
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_is_not_shown(number):
+    it = body("corpus")
+    it.report(phase="Running", done=5, loss=number)
+    assert it.run.status.loss is None
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), -1e300, 1e300])

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from builders import STAGES, START, failed, succeeded
+from builders import STAGES, START, ended, failed, succeeded
 from headrace_api.faults import FaultClass
 from headrace_api.run import ConditionType, StageState
 from headrace_operator.brain.observed import AttemptState, Held
@@ -135,6 +135,8 @@ def test_a_stage_after_a_server_begins_once_that_answers_and_goes_on_while_it_is
     it.attempts["serve", 1] = drained
     it.step()
     assert (it.started(), it.stopped()) == ([("serve", 1), ("eval", 1)], [])
+    said = "Starting: its ranks have not joined yet"
+    assert (it.run.status.stage, it.run.status.phase_message) == ("eval", said), "of the stage that is under way"
 
 
 def test_a_server_that_loads_goes_on_doing_so_when_a_new_leader_has_no_report_yet():
@@ -191,6 +193,19 @@ def test_suspending_takes_a_server_down_and_resuming_brings_it_back(made_again):
         it.end(succeeded("y"))
     assert it.started() == [("serve", 2)]
     assert it.run.status.restarts == 0
+
+
+def test_a_server_that_failed_for_good_has_no_address():
+    it = serving(restartPolicy={"maxInfraRestarts": 0})
+    it.end(failed(FaultClass.PROCESS))
+    assert (it.state("serve"), it.status("serve").endpoint) == (StageState.FAILED, None)
+
+
+def test_a_server_that_ended_as_its_spec_was_edited_leaves_no_address_to_the_next():
+    it = serving()
+    it.attempts["serve", 1] = ended(it.attempts["serve", 1], failed(FaultClass.PROCESS))
+    edit(it, "serve", port=9000)
+    assert (it.started(), it.status("serve").endpoint) == ([("serve", 2)], None)
 
 
 def test_a_server_that_is_removed_from_outside_is_charged_and_comes_back():

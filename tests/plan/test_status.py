@@ -130,6 +130,7 @@ def test_a_checkpoint_keeps_what_a_newer_operator_knew_of_it():
         {"stages": [{"name": "corpus", "attempt": "many", "state": 7, "retryAt": "soon"}]},
         {"conditions": [{"type": "Complete"}]},
         {"checkpoint": {"step": -1}, "restarts": "x", "observedGeneration": {}},
+        {"restarts": float("inf"), "observedGeneration": 2**200},
     ],
 )
 def test_a_status_that_does_not_parse_counts_as_unset(broken):

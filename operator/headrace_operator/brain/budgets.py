@@ -19,7 +19,7 @@ def charge(status: StageStatus, outcome: Outcome, *, policy: RestartPolicy) -> t
     Returns:
         The status with the failure counted and described, and whether the budget allows another attempt.
     """
-    if BUDGETS.get(outcome.fault or FaultClass.PROCESS, Budget.INFRA) is Budget.USER:
+    if BUDGETS.get(outcome.fault or FaultClass.PROCESS) is Budget.USER:
         within = status.user_spent < policy.max_user_restarts
         counted = {"user_spent": status.user_spent + within, "user_restarts": status.user_restarts + within}
     else:

@@ -214,7 +214,7 @@ class Decision(ABC):
         if has_advanced(status, step=step, policy=policy):
             status = with_fresh_budgets(status)
         endpoint = self.endpoint_meanwhile(status)
-        status = settled(status, failed_step=max(status.failed_step, step), retry_at=None, endpoint=endpoint)
+        status = settled(status, failed_step=max(status.failed_step, step), endpoint=endpoint)
         status, within = charge(status, outcome, policy=policy)
         if not within:
             return self.give_up(updated(status, state=StageState.FAILED, finished_at=self.observed.now))
@@ -225,7 +225,7 @@ class Decision(ABC):
         return StagePlan(
             status=updated(status, state=StageState.PENDING, retry_at=retry_at),
             stop=stop,
-            requeue_after_seconds=max(wait, POLL_SECONDS if stop else 0.0),
+            requeue_after_seconds=max(wait, POLL_SECONDS) if stop else wait,
             note=f"Restarting: {status.reason}: {status.message}",
         )
 

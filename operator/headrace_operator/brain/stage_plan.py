@@ -49,7 +49,7 @@ def plan_stage(
     if status.state is StageState.FAILED and not decide.edited(status, digest=status.digest):
         return decide.give_up(status)
     if status.state is StageState.FAILED:
-        status = with_fresh_budgets(updated(status, state=StageState.PENDING))
+        status = with_fresh_budgets(status)
     return decide.advance(status)
 
 
