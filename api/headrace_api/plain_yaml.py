@@ -109,7 +109,7 @@ class _Reader:
             self._mark(event.anchor, value, num_nodes=1)
             self._put(value, line)
         elif isinstance(event, yaml.AliasEvent):
-            self._put(self._alias(event.anchor, line), line)
+            self._put(self._alias(event.anchor or "", line), line)
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             self._begin(event, line)
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
