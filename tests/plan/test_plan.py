@@ -294,6 +294,7 @@ def test_what_has_not_finished_is_kept_however_old_it_is():
     it.end(succeeded("c"))
     it.step(after_seconds=10**6)
     assert (it.stopped(), it.started()) == ([], [("tok", 1)])
+    assert ("corpus", 1) in it.attempts, "nor was it stopped before"
     it.change(suspend=True)
     it.step()
     assert it.stopped() == [("tok", 1)]
