@@ -264,7 +264,7 @@ def train_ours(case: str, folder: Path) -> None:
             "promptsPerIteration": BATCH // GROUP,
             "groupSize": GROUP,
             "maxNewTokens": NEW_TOKENS,
-            "epochs": STEPS / (STEPS * GROUP),
+            "epochs": 1 / GROUP,
             "kl": {"coefficient": 0.04},
         }
     resolved = ResolvedStage.model_validate(
@@ -279,7 +279,7 @@ def train_ours(case: str, folder: Path) -> None:
             "outputUri": str(folder / "storage" / kind),
         }
     )
-    ctx, clock, report = StageContext(resolved=resolved, scratch=folder / "scratch"), Clock(), None
+    ctx, clock = StageContext(resolved=resolved, scratch=folder / "scratch"), Clock()
     report = ctx.report
 
     def noted(**fields: Any) -> None:

@@ -4,6 +4,7 @@ A unit of a pack is a pair: its chosen side, then its rejected one. Next: ``engi
 Shapes: 1 the row of a micro-batch, T its tokens, D its documents, N its pairs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,7 +41,7 @@ class PairBatch:
     """0 where the row only fills a round of micro-batches."""
 
 
-class _Pairs(PackedSamples):
+class _Pairs(PackedSamples, ABC):
     """What losses of pairs have in common: one forward pass of a row, and the implicit rewards."""
 
     METRICS: ClassVar[tuple[str, ...]] = (
@@ -62,8 +63,9 @@ class _Pairs(PackedSamples):
 
         return output, loss
 
+    @abstractmethod
     def _loss(self, batch: PairBatch, log_probs_D: torch.Tensor) -> Loss:
-        raise NotImplementedError
+        """Of the row, from the log-probability of each document's labels."""
 
     def _summed(
         self,
@@ -148,11 +150,11 @@ class _FreePairs(_Pairs):
         losses_N, others = self._losses(means_D[::2], means_D[1::2])
         return self._summed(batch, losses_N, rewards_D=self._beta * means_D, log_probs_D=means_D, others=others)
 
+    @abstractmethod
     def _losses(
         self, chosen_N: torch.Tensor, rejected_N: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The pairs' losses, and their other figures."""
-        raise NotImplementedError
 
 
 class MarginPreference(_FreePairs):
