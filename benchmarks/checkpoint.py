@@ -372,9 +372,8 @@ class Watch(threading.Thread):
     def _used(self) -> int:
         used = 0
         for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-                used += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            with contextlib.suppress(psutil.Error, OSError):
+                used += process.memory_full_info().pss
         return used
 
 
