@@ -21,8 +21,8 @@ from headrace_trainer.stages.constitutional.endpoint import Client, Reply, Unans
 from headrace_trainer.stages.constitutional.report import Samples, logged, markdown, page
 from headrace_trainer.stages.constitutional.speakers import Manner
 from headrace_trainer.stages.constitutional.totals import Totals
-from trainer.posttrain.critics import Trouble, serving
-from trainer.posttrain.synthetic import MEND
+from trainer.posttrain.constitutional.critics import Trouble, serving
+from trainer.posttrain.constitutional.synthetic import MEND
 
 FOUR = ConstitutionFile.model_validate(
     {"version": "1", "principles": [MEND | {"name": name} for name in ("one", "two", "three", "four")]}

@@ -119,3 +119,13 @@ def _answer(body: Json, said: Any) -> bytes:
 def asked(body: Json) -> str:
     """What a request's last turn says."""
     return str(body["messages"][-1]["content"])
+
+
+def critic_at(server: Any, **fields: Any) -> Json:
+    """The critic of a stage, at a server of ``serving``."""
+    return {"endpoint": {"url": server.url, "model": "judge", "timeout": "1s", "retries": 3, **fields}}
+
+
+def says_yes(body: Json) -> str:
+    """Yes to whoever swears."""
+    return " yes" if "ugh" in asked(body).partition("\n")[0] else " no"
